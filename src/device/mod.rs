@@ -1,0 +1,188 @@
+//! Devices: a GPU through wgpu, or the CPU. This folder is the only place that names wgpu.
+
+mod adapter;
+mod capabilities;
+mod counters;
+mod gpu;
+mod launch;
+mod once;
+mod pipelines;
+mod profile;
+mod recording;
+
+use std::sync::Arc;
+
+pub use adapter::AdapterSummary;
+use adapter::Request;
+pub use capabilities::{AdapterClass, Capabilities};
+pub use counters::Counters;
+pub(crate) use gpu::{BUFFER_ALIGNMENT, Buffer, Gpu};
+pub use launch::{Access, Binding, Launch, Launches, Shader, Slot, Word};
+pub use profile::LaunchTiming;
+pub(crate) use recording::{Bound, Recording};
+pub use wgpu::{Buffer as HostBuffer, CommandEncoder};
+
+use crate::error::{Error, Result};
+
+/// The environment variable that picks a device.
+pub const DEVICE_VARIABLE: &str = "RANKMIX_DEVICE";
+
+/// How to open a device.
+#[derive(Clone, Debug, Default)]
+pub struct DeviceOptions {
+    /// `cpu`, `vulkan`, `metal`, `dx12`, `gl`, `webgpu`, or part of an adapter's name. `None`: what `RANKMIX_DEVICE` says, or
+    /// else the best there is.
+    pub request: Option<String>,
+    /// Checked mode: kernels keep WGSL's bounds checks, and after every operation its results are scanned for NaN and
+    /// infinity ([`Error::NotFinite`]). About twice the launches; for finding mistakes, not for training.
+    pub checked: bool,
+}
+
+/// Where sessions run: a GPU, or the CPU executor. Cheap to clone; clones share the device.
+#[derive(Clone, Debug)]
+pub struct Device {
+    kind: Kind,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Kind {
+    Gpu(Arc<Gpu>),
+    Host { precision: Precision, checked: bool },
+}
+
+/// The float type that the CPU executor computes in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Precision {
+    F32,
+    F64,
+}
+
+impl Device {
+    /// The best device on this machine: the adapter that `RANKMIX_DEVICE` names, or else a discrete GPU, an integrated one, a
+    /// software driver; and with no adapter at all the CPU executor, which says so in one line on stderr.
+    ///
+    /// # Errors
+    /// [`Error::UnknownDevice`] or [`Error::NoAdapter`] if `RANKMIX_DEVICE` asks for what is not there, or the driver refuses.
+    pub fn open() -> Result<Self> {
+        Self::open_with(&DeviceOptions::default())
+    }
+
+    /// [`Device::open`] with options.
+    ///
+    /// # Errors
+    /// As [`Device::open`].
+    pub fn open_with(options: &DeviceOptions) -> Result<Self> {
+        pollster::block_on(Self::open_async(options))
+    }
+
+    /// [`Device::open_with`] for an async caller; the only way in a browser.
+    ///
+    /// # Errors
+    /// As [`Device::open`].
+    pub async fn open_async(options: &DeviceOptions) -> Result<Self> {
+        let text = options.request.clone().or_else(|| std::env::var(DEVICE_VARIABLE).ok()).unwrap_or_default();
+        let request = Request::parse(&text);
+        let Some(adapter) = adapter::choose(&request).await? else {
+            if request == Request::Best {
+                eprintln!("rankmix: no GPU adapter found, running on the CPU");
+            }
+            return Ok(Self { kind: Kind::Host { precision: Precision::F32, checked: options.checked } });
+        };
+        let (device, queue, summary) = adapter::open(&adapter).await?;
+        let gpu = Gpu::new(device, queue, summary, options.checked, true);
+        Ok(Self { kind: Kind::Gpu(Arc::new(gpu)) })
+    }
+
+    /// The CPU executor, in 32-bit floats.
+    #[must_use]
+    pub fn cpu() -> Self {
+        Self { kind: Kind::Host { precision: Precision::F32, checked: false } }
+    }
+
+    /// The CPU executor in 64-bit floats: what kernels are compared with. Slow; its results are [`DType::F64`](crate::DType).
+    #[must_use]
+    pub fn reference() -> Self {
+        Self { kind: Kind::Host { precision: Precision::F64, checked: false } }
+    }
+
+    /// A device that the host application already has. Kernels keep to the limits and features it was created with, and
+    /// the application's error handlers stay in place.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] if the device was created with fewer than the 8 storage buffers that WebGPU guarantees.
+    pub fn from_wgpu(device: &wgpu::Device, queue: &wgpu::Queue, checked: bool) -> Result<Self> {
+        let summary = adapter::summarise_device(device);
+        let buffers = summary.capabilities.max_storage_buffers;
+        if buffers < 8 {
+            return Err(Error::Limit {
+                thing: format!("the device `{}`", summary.name),
+                needed: 8,
+                limit: u64::from(buffers),
+                unit: "storage buffers",
+            });
+        }
+        let gpu = Gpu::new(device.clone(), queue.clone(), summary, checked, false);
+        Ok(Self { kind: Kind::Gpu(Arc::new(gpu)) })
+    }
+
+    /// Every adapter on this machine that can run the kernels.
+    #[must_use]
+    pub fn list() -> Vec<AdapterSummary> {
+        pollster::block_on(adapter::list())
+    }
+
+    pub(crate) fn kind(&self) -> &Kind {
+        &self.kind
+    }
+
+    /// The adapter behind a GPU device; `None` for the CPU executor.
+    #[must_use]
+    pub fn adapter(&self) -> Option<&AdapterSummary> {
+        match &self.kind {
+            Kind::Gpu(gpu) => Some(&gpu.summary),
+            Kind::Host { .. } => None,
+        }
+    }
+
+    /// A line that says which device this is: `lavapipe ... (vulkan, software)` or `CPU executor (f32)`.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match &self.kind {
+            Kind::Gpu(gpu) => {
+                let summary = &gpu.summary;
+                format!("{} ({}, {})", summary.name, summary.backend, summary.capabilities.class.name())
+            }
+            Kind::Host { precision: Precision::F32, .. } => "CPU executor (f32)".to_owned(),
+            Kind::Host { precision: Precision::F64, .. } => "CPU reference (f64)".to_owned(),
+        }
+    }
+
+    /// Whether results are scanned and kernels bounds-checked.
+    #[must_use]
+    pub fn is_checked(&self) -> bool {
+        match &self.kind {
+            Kind::Gpu(gpu) => gpu.checked,
+            Kind::Host { checked, .. } => *checked,
+        }
+    }
+
+    /// What the device has done so far. All zeros for the CPU executor.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        match &self.kind {
+            Kind::Gpu(gpu) => gpu.counters.read(),
+            Kind::Host { .. } => Counters::default(),
+        }
+    }
+
+    /// Waits until everything submitted so far is done.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`] if the device was lost meanwhile.
+    pub fn wait(&self) -> Result<()> {
+        match &self.kind {
+            Kind::Gpu(gpu) => gpu.wait(),
+            Kind::Host { .. } => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! Compute pipelines, built once for each (shader, entry point, constants, bindings) and shared by all sessions of a device.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::device::counters::LiveCounters;
+use crate::device::gpu::Gpu;
+use crate::device::launch::{Access, Launch, Shader};
+use crate::error::{Error, Result};
+
+#[derive(Debug)]
+pub(crate) struct Pipeline {
+    pub(crate) pipeline: wgpu::ComputePipeline,
+    pub(crate) layout: wgpu::BindGroupLayout,
+}
+
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Key {
+    shader: Shader,
+    entry: &'static str,
+    /// Constants by their bits: f64 has no equality that a map could use.
+    constants: Vec<(&'static str, u64)>,
+    bindings: Vec<(u32, Access)>,
+    param_bytes: u64,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct PipelineCache {
+    modules: Mutex<HashMap<Shader, wgpu::ShaderModule>>,
+    pipelines: Mutex<HashMap<Key, Arc<Pipeline>>>,
+}
+
+/// The size of a launch's uniform parameters, padded as WGSL pads a struct in uniform memory.
+pub(crate) fn param_bytes(launch: &Launch) -> u64 {
+    (launch.params.len().max(1) as u64 * 4).next_multiple_of(16)
+}
+
+impl Gpu {
+    pub(crate) fn pipeline(&self, launch: &Launch) -> Result<Arc<Pipeline>> {
+        let key = Key {
+            shader: launch.shader,
+            entry: launch.entry,
+            constants: launch.constants.iter().map(|&(name, value)| (name, value.to_bits())).collect(),
+            bindings: launch.bindings.iter().map(|binding| (binding.number, binding.access)).collect(),
+            param_bytes: param_bytes(launch),
+        };
+        let mut pipelines = self.pipelines.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pipeline) = pipelines.get(&key) {
+            return Ok(Arc::clone(pipeline));
+        }
+        let pipeline = Arc::new(self.build_pipeline(launch)?);
+        LiveCounters::count(&self.counters.pipelines, 1);
+        pipelines.insert(key, Arc::clone(&pipeline));
+        Ok(pipeline)
+    }
+
+    fn build_pipeline(&self, launch: &Launch) -> Result<Pipeline> {
+        let label = format!("{}::{}", launch.shader.name, launch.entry);
+        let most = self.summary.capabilities.max_storage_buffers;
+        if launch.bindings.len() > most as usize {
+            return Err(Error::Limit {
+                thing: format!("the kernel `{label}`"),
+                needed: launch.bindings.len() as u64,
+                limit: u64::from(most),
+                unit: "storage buffers",
+            });
+        }
+        let module = self.module(launch.shader)?;
+        let entry = |binding: u32, ty: wgpu::BufferBindingType, dynamic: bool, size: u64| wgpu::BindGroupLayoutEntry {
+            binding,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: dynamic, min_binding_size: wgpu::BufferSize::new(size) },
+            count: None,
+        };
+        let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform, true, param_bytes(launch))];
+        for binding in &launch.bindings {
+            let read_only = binding.access == Access::Read;
+            entries.push(entry(binding.number, wgpu::BufferBindingType::Storage { read_only }, false, 0));
+        }
+        self.scoped(&label, 0, || {
+            let layout = self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+                label: Some(&label),
+                entries: &entries,
+            });
+            let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+                label: Some(&label),
+                bind_group_layouts: &[Some(&layout)],
+                immediate_size: 0,
+            });
+            let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label: Some(&label),
+                layout: Some(&pipeline_layout),
+                module: &module,
+                entry_point: Some(launch.entry),
+                compilation_options: wgpu::PipelineCompilationOptions {
+                    constants: &launch.constants,
+                    zero_initialize_workgroup_memory: self.checked,
+                },
+                cache: None,
+            });
+            Pipeline { pipeline, layout }
+        })
+    }
+
+    fn module(&self, shader: Shader) -> Result<wgpu::ShaderModule> {
+        let mut modules = self.pipelines.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = modules.get(&shader) {
+            return Ok(module.clone());
+        }
+        let descriptor = wgpu::ShaderModuleDescriptor {
+            label: Some(shader.name),
+            source: wgpu::ShaderSource::Wgsl(shader.source.into()),
+        };
+        let module = self.scoped(shader.name, 0, || {
+            if self.checked { self.device.create_shader_module(descriptor) } else { self.trusted_module(descriptor) }
+        })?;
+        modules.insert(shader, module.clone());
+        Ok(module)
+    }
+
+    /// A module without runtime checks: bounds checks cost up to 5 times the cycles of a tiled matmul.
+    #[expect(unsafe_code, reason = "wgpu marks the absence of bounds checks as unsafe")]
+    fn trusted_module(&self, descriptor: wgpu::ShaderModuleDescriptor<'_>) -> wgpu::ShaderModule {
+        // SAFETY: without checks a kernel must stay inside its buffers by itself. Ours do by construction: every index is
+        // guarded against the sizes in the uniform parameters, which come from the shapes that the buffers were sized
+        // by; indices that come from data (labels, token ids, experts) are clamped or produced by our own kernels; every
+        // loop ends after a count known from the parameters. The test suite runs every kernel with and without the
+        // checks, on buffers poisoned with NaN. Ops that an application adds make the same promise (see `Op`).
+        unsafe { self.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+    }
+}

@@ -1,0 +1,207 @@
+//! Reverse-mode differentiation: one walk over the operations, newest first, each of which builds its gradient by hand.
+
+use std::collections::HashMap;
+
+use crate::error::{Error, Result};
+use crate::graph::{Graph, Source, Value};
+use crate::tensor::{DType, Tensor, TensorData, TensorType};
+
+/// The gradients of the trainable parameters, by parameter.
+#[derive(Clone, Debug, Default)]
+pub struct Gradients {
+    pairs: Vec<(Value, Value)>,
+}
+
+impl Gradients {
+    /// The gradient of a value, if it has one.
+    #[must_use]
+    pub fn of(&self, value: Value) -> Option<Value> {
+        self.pairs.iter().find(|(of, _)| *of == value).map(|&(_, gradient)| gradient)
+    }
+
+    /// Pairs of (parameter, gradient), in the order of the parameters' declaration.
+    #[must_use]
+    pub fn pairs(&self) -> &[(Value, Value)] {
+        &self.pairs
+    }
+}
+
+/// What an operation sees while its gradient is built.
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// The graph, to which gradient operations are appended.
+    pub graph: &'a mut Graph,
+    inputs: Vec<Value>,
+    outputs: Vec<Value>,
+    output_gradients: Vec<Option<Value>>,
+    wanted: Vec<bool>,
+    partial: &'a mut HashMap<Value, Value>,
+}
+
+impl Backward<'_> {
+    /// The operation's input of this number.
+    #[must_use]
+    pub fn input(&self, index: usize) -> Value {
+        self.inputs[index]
+    }
+
+    /// The operation's output of this number.
+    #[must_use]
+    pub fn output(&self, index: usize) -> Value {
+        self.outputs[index]
+    }
+
+    /// The gradient of an output; `None` if nothing that follows depends on it.
+    #[must_use]
+    pub fn gradient(&self, output: usize) -> Option<Value> {
+        self.output_gradients[output]
+    }
+
+    /// Whether the gradient of this input is needed.
+    #[must_use]
+    pub fn wants(&self, input: usize) -> bool {
+        self.wanted[input]
+    }
+
+    /// Adds `gradient` to the gradient of an input.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if it does not have the input's shape.
+    pub fn add(&mut self, input: usize, gradient: Value) -> Result<()> {
+        self.accumulate(input, |graph, sum| match sum {
+            Some(sum) => graph.accumulate(sum, gradient),
+            None => Ok(gradient),
+        })
+    }
+
+    /// Replaces the gradient of an input, as summed so far, by one that `build` makes from it: for operations that can add into
+    /// memory that is already there.
+    ///
+    /// # Errors
+    /// What `build` returns; [`Error::Shape`] if the new gradient does not have the input's shape.
+    pub fn accumulate(
+        &mut self,
+        input: usize,
+        build: impl FnOnce(&mut Graph, Option<Value>) -> Result<Value>,
+    ) -> Result<()> {
+        let of = self.inputs[input];
+        let sum = build(self.graph, self.partial.get(&of).copied())?;
+        let (expected, found) = (self.graph.ty(of)?, self.graph.ty(sum)?);
+        if expected.elements() != found.elements() {
+            return Err(Error::shape("backward", format!("{} is {expected}, its gradient {found}", self.graph.describe(of))));
+        }
+        self.partial.insert(of, sum);
+        Ok(())
+    }
+}
+
+impl Graph {
+    /// The gradients of a scalar with respect to every trainable parameter it depends on.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `loss` has more than one element, [`Error::NoGradient`] if an operation on the way has no rule.
+    pub fn backward(&mut self, loss: Value) -> Result<Gradients> {
+        let seed = self.seed(loss)?;
+        let wanted = self.trainable();
+        let gradients = self.walk(&[(loss, seed)], &wanted)?;
+        let pairs = wanted.into_iter().zip(gradients).filter_map(|(value, gradient)| Some((value, gradient?))).collect();
+        Ok(Gradients { pairs })
+    }
+
+    /// The gradients of a scalar with respect to the values named, frozen parameters and inputs included.
+    ///
+    /// # Errors
+    /// As [`Graph::backward`], and [`Error::NoPath`] if the scalar does not depend on one of them.
+    pub fn gradients(&mut self, loss: Value, wanted: &[Value]) -> Result<Vec<Value>> {
+        let seed = self.seed(loss)?;
+        self.gradients_from(&[(loss, seed)], wanted)
+    }
+
+    /// The gradients of `sum over (value, upstream) of <value, upstream>`: for a part of a larger computation whose upstream
+    /// gradients come from elsewhere. Each `upstream` has its value's shape.
+    ///
+    /// # Errors
+    /// As [`Graph::gradients`].
+    pub fn gradients_from(&mut self, upstream: &[(Value, Value)], wanted: &[Value]) -> Result<Vec<Value>> {
+        let gradients = self.walk(upstream, wanted)?;
+        wanted
+            .iter()
+            .zip(gradients)
+            .map(|(&value, gradient)| gradient.ok_or_else(|| Error::NoPath { value: self.describe(value) }))
+            .collect()
+    }
+
+    fn seed(&mut self, loss: Value) -> Result<Value> {
+        let ty = self.ty(loss)?.clone();
+        if ty.elements() != 1 || ty.dtype != DType::F32 {
+            return Err(Error::shape("backward", format!("the loss is {ty}, expected one float")));
+        }
+        self.constant(Tensor::new(ty.shape, TensorData::F32(vec![1.0]))?)
+    }
+
+    fn walk(&mut self, upstream: &[(Value, Value)], wanted: &[Value]) -> Result<Vec<Option<Value>>> {
+        for &value in wanted {
+            self.ty(value)?;
+        }
+        // Which values a wanted one flows into.
+        let mut flows = vec![false; self.values.len()];
+        for value in wanted {
+            flows[value.index as usize] = true;
+        }
+        let count = self.nodes.len();
+        for node in &self.nodes {
+            let carries = node
+                .inputs
+                .iter()
+                .enumerate()
+                .any(|(input, value)| flows[value.index as usize] && node.op.differentiable(input));
+            for output in &node.outputs {
+                let float = self.values[output.index as usize].ty.dtype == DType::F32;
+                flows[output.index as usize] |= carries && float;
+            }
+        }
+        let mut partial: HashMap<Value, Value> = HashMap::new();
+        for &(value, gradient) in upstream {
+            let (expected, found) = (self.ty(value)?, self.ty(gradient)?);
+            if expected != found || *expected != TensorType::f32(&expected.shape) {
+                return Err(Error::shape("backward", format!("a value of {expected} was given a gradient of {found}")));
+            }
+            let sum = match partial.get(&value) {
+                Some(&sum) => self.accumulate(sum, gradient)?,
+                None => gradient,
+            };
+            partial.insert(value, sum);
+        }
+        for index in (0..count).rev() {
+            let node = self.nodes[index].clone();
+            let output_gradients: Vec<_> = node.outputs.iter().map(|output| partial.get(output).copied()).collect();
+            if output_gradients.iter().all(Option::is_none) {
+                continue;
+            }
+            let wanted: Vec<bool> = node
+                .inputs
+                .iter()
+                .enumerate()
+                .map(|(input, value)| flows[value.index as usize] && node.op.differentiable(input))
+                .collect();
+            if !wanted.contains(&true) {
+                continue;
+            }
+            let mut context = Backward {
+                graph: self,
+                inputs: node.inputs,
+                outputs: node.outputs,
+                output_gradients,
+                wanted,
+                partial: &mut partial,
+            };
+            node.op.backward(&mut context)?;
+        }
+        Ok(wanted.iter().map(|value| partial.get(value).copied()).collect())
+    }
+
+    /// Whether a value is computed by an operation (rather than given from outside).
+    pub(crate) fn is_computed(&self, value: Value) -> bool {
+        matches!(self.values[value.index as usize].source, Source::Node { .. })
+    }
+}

@@ -1,0 +1,279 @@
+//! Runs a plan on a GPU: buffers, one recording, one submit a run.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::device::{Bound, Buffer, CommandEncoder, Gpu, HostBuffer, Launch, LaunchTiming, Recording, Slot};
+use crate::error::{Error, Result};
+use crate::graph::plan::{Place, Plan};
+use crate::graph::session::Compiled;
+use crate::ops::shader;
+use crate::tensor::{DType, Tensor, TensorData, TensorType};
+
+/// What a kernel's binding refers to, so that it can be bound again when the host brings a buffer of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Operand {
+    Value(u32),
+    Scratch(Place),
+    Checks,
+}
+
+/// A NaN scan of checked mode.
+#[derive(Debug)]
+struct Checks {
+    first: Buffer,
+    /// The value that each entry of `first` is about.
+    values: Vec<u32>,
+}
+
+#[derive(Debug)]
+pub(crate) struct GpuExecutor {
+    gpu: Arc<Gpu>,
+    memory: HashMap<Place, Bound>,
+    /// Buffers that the host application brought, by the class of the value.
+    foreign: HashMap<usize, Bound>,
+    recording: Recording,
+    /// Every launch with its operands, in the order of the recording.
+    launches: Vec<(Launch, Vec<Operand>)>,
+    checks: Option<Checks>,
+    /// Readback buffers by value, made when first asked for.
+    staging: HashMap<u32, Buffer>,
+}
+
+const WORKGROUP: usize = 64;
+
+impl GpuExecutor {
+    pub(crate) fn new(
+        gpu: &Arc<Gpu>,
+        plan: &Plan,
+        compiled: &Compiled,
+        parameters: &HashMap<usize, Buffer>,
+    ) -> Result<Self> {
+        let mut memory = HashMap::new();
+        let bound = |buffer: Buffer, bytes: u64| Bound { buffer, bytes };
+        for (index, &bytes) in plan.pool.iter().enumerate() {
+            let buffer = gpu.allocate(&format!("pool buffer {index}"), bytes)?;
+            memory.insert(Place::Pool(index), bound(buffer, bytes));
+        }
+        for &index in &plan.inputs {
+            let bytes = compiled.types[index as usize].bytes() as u64;
+            let buffer = gpu.allocate(&compiled.descriptions[index as usize], bytes)?;
+            memory.insert(Place::Input(index), bound(buffer, bytes));
+        }
+        for (index, tensor) in &compiled.constants {
+            let bytes = compiled.types[*index as usize].bytes() as u64;
+            let buffer = gpu.allocate("a constant", bytes)?;
+            gpu.write(&buffer, &device_bytes(tensor));
+            memory.insert(Place::Constant(*index), bound(buffer, bytes));
+        }
+        for &index in &plan.parameters {
+            let bytes = compiled.parameter_types[index].bytes() as u64;
+            memory.insert(Place::Parameter(index), bound(parameters[&index].clone(), bytes));
+        }
+
+        let (launches, checked_values) = resolve(gpu, plan, compiled)?;
+        let checks = if checked_values.is_empty() {
+            None
+        } else {
+            let first = gpu.allocate("checked mode's findings", checked_values.len() as u64 * 4)?;
+            Some(Checks { first, values: checked_values })
+        };
+        let mut executor = Self {
+            gpu: Arc::clone(gpu),
+            memory,
+            foreign: HashMap::new(),
+            recording: Recording::new(gpu, &[])?,
+            launches,
+            checks,
+            staging: HashMap::new(),
+        };
+        let bound = executor.launches.iter().map(|(launch, operands)| (launch, executor.bound(plan, compiled, operands)));
+        let recording = Recording::new(gpu, &bound.collect::<Vec<_>>())?;
+        executor.recording = recording;
+        Ok(executor)
+    }
+
+    fn bound(&self, plan: &Plan, compiled: &Compiled, operands: &[Operand]) -> Vec<Bound> {
+        operands
+            .iter()
+            .map(|operand| match *operand {
+                Operand::Value(value) => {
+                    let bytes = compiled.types[value as usize].bytes() as u64;
+                    let class = plan.classes[value as usize];
+                    let buffer = match (self.foreign.get(&class), plan.places[value as usize]) {
+                        (Some(foreign), _) => foreign.buffer.clone(),
+                        (None, Some(place)) => self.memory[&place].buffer.clone(),
+                        (None, None) => unreachable!("the operands of live operations have places"),
+                    };
+                    Bound { buffer, bytes }
+                }
+                Operand::Scratch(place) => self.memory[&place].clone(),
+                Operand::Checks => match &self.checks {
+                    Some(checks) => Bound { buffer: checks.first.clone(), bytes: checks.values.len() as u64 * 4 },
+                    None => unreachable!("only checked mode has launches that bind its findings"),
+                },
+            })
+            .collect()
+    }
+
+    pub(crate) fn launches(&self) -> impl Iterator<Item = &Launch> {
+        self.launches.iter().map(|(launch, _)| launch)
+    }
+
+    pub(crate) fn write(&self, place: Place, tensor: &Tensor) -> Result<()> {
+        let buffer = &self.memory[&place].buffer;
+        self.gpu.scoped("writing an input", 0, || self.gpu.write(buffer, &device_bytes(tensor)))
+    }
+
+    /// Uses the host application's buffer as the memory of a value.
+    pub(crate) fn bind(&mut self, plan: &Plan, compiled: &Compiled, value: u32, buffer: HostBuffer) -> Result<()> {
+        let class = plan.classes[value as usize];
+        let bytes = compiled.types[value as usize].bytes() as u64;
+        self.foreign.insert(class, Bound { buffer: Buffer::foreign(buffer), bytes });
+        for index in 0..self.launches.len() {
+            let operands = &self.launches[index].1;
+            let touches = |operand: &Operand| matches!(*operand, Operand::Value(v) if plan.classes[v as usize] == class);
+            if operands.iter().any(touches) {
+                let bound = self.bound(plan, compiled, operands);
+                self.recording.rebind(&self.gpu, index, &bound)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn encode(&self, encoder: &mut CommandEncoder) {
+        if let Some(checks) = &self.checks {
+            self.gpu.write(&checks.first, &vec![0xff; checks.values.len() * 4]);
+        }
+        self.recording.encode(&self.gpu, encoder, None);
+    }
+
+    pub(crate) fn profile(&self) -> Result<Vec<LaunchTiming>> {
+        self.recording.profile(&self.gpu)
+    }
+
+    /// Runs once and reads the values named, all in one submission. With `poll` the calling thread waits for the device.
+    pub(crate) async fn run(&mut self, plan: &Plan, compiled: &Compiled, read: &[u32], poll: bool) -> Result<Vec<Tensor>> {
+        let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
+        self.encode(&mut encoder);
+        let found = self.read_into(plan, compiled, read, encoder, poll).await?;
+        if let Some(checks) = &self.checks {
+            let bytes = self.gpu.read(&checks.first, checks.values.len() as u64 * 4, poll).await?;
+            let first: Vec<u32> = bytemuck::pod_collect_to_vec(&bytes);
+            if let Some(check) = first.iter().position(|&element| element != u32::MAX) {
+                let value = compiled.descriptions[checks.values[check] as usize].clone();
+                return Err(Error::NotFinite { value, element: first[check] as usize });
+            }
+        }
+        Ok(found)
+    }
+
+    /// Reads values as the last run left them.
+    pub(crate) async fn read(&mut self, plan: &Plan, compiled: &Compiled, read: &[u32], poll: bool) -> Result<Vec<Tensor>> {
+        let encoder = self.gpu.device.create_command_encoder(&Default::default());
+        self.read_into(plan, compiled, read, encoder, poll).await
+    }
+
+    async fn read_into(
+        &mut self,
+        plan: &Plan,
+        compiled: &Compiled,
+        read: &[u32],
+        mut encoder: CommandEncoder,
+        poll: bool,
+    ) -> Result<Vec<Tensor>> {
+        for &value in read {
+            let bytes = compiled.types[value as usize].bytes() as u64;
+            let source = self.bound(plan, compiled, &[Operand::Value(value)]).remove(0);
+            if !self.staging.contains_key(&value) {
+                self.staging.insert(value, self.gpu.staging(bytes)?);
+            }
+            encoder.copy_buffer_to_buffer(source.buffer.raw(), 0, self.staging[&value].raw(), 0, Some(bytes));
+        }
+        self.gpu.submit("a run", encoder)?;
+        let mut tensors = Vec::with_capacity(read.len());
+        for &value in read {
+            let ty = &compiled.types[value as usize];
+            let bytes = self.gpu.map(&self.staging[&value], ty.bytes() as u64, poll).await?;
+            tensors.push(tensor_of_bytes(&bytes, ty)?);
+        }
+        Ok(tensors)
+    }
+
+    /// Fills the pool with NaN, so that a kernel that reads what nobody wrote is found out.
+    pub(crate) fn poison(&self, plan: &Plan) -> Result<()> {
+        for (index, &bytes) in plan.pool.iter().enumerate() {
+            let buffer = &self.memory[&Place::Pool(index)].buffer;
+            let whole = bytes.next_multiple_of(crate::device::BUFFER_ALIGNMENT) as usize;
+            self.gpu.scoped("poisoning the pool", bytes, || self.gpu.write(buffer, &vec![0xff; whole]))?;
+        }
+        Ok(())
+    }
+}
+
+type Resolved = (Vec<(Launch, Vec<Operand>)>, Vec<u32>);
+
+/// The launches of a plan in order, copies and checks included, with their operands.
+fn resolve(gpu: &Gpu, plan: &Plan, compiled: &Compiled) -> Result<Resolved> {
+    let capabilities = &gpu.summary.capabilities;
+    let mut launches = Vec::new();
+    let mut checked_values = Vec::new();
+    for step in &plan.steps {
+        let node = &compiled.nodes[step.node];
+        for &(from, to) in &step.copied_values {
+            let words = compiled.types[from as usize].bytes().div_ceil(16);
+            let launch = Launch::new(shader!("copy"), "forward")
+                .read(1, Slot::Input(0))
+                .write(2, Slot::Output(0))
+                .param(words)
+                .folded(words.div_ceil(WORKGROUP), capabilities)?;
+            launches.push((launch, vec![Operand::Value(from), Operand::Value(to)]));
+        }
+        for launch in &step.launches.launches {
+            let operands = launch
+                .bindings
+                .iter()
+                .map(|binding| match binding.slot {
+                    Slot::Input(index) => Operand::Value(node.inputs[index]),
+                    Slot::Output(index) => Operand::Value(node.outputs[index]),
+                    Slot::Scratch(index) => Operand::Scratch(step.scratch[index]),
+                })
+                .collect();
+            launches.push((launch.clone(), operands));
+        }
+        if gpu.checked && !node.is_view {
+            for &value in &node.outputs {
+                let ty = &compiled.types[value as usize];
+                if ty.dtype == DType::I32 {
+                    continue;
+                }
+                let launch = Launch::new(shader!("check_finite"), "forward")
+                    .read(1, Slot::Output(0))
+                    .write(2, Slot::Scratch(0))
+                    .param(ty.elements())
+                    .param(checked_values.len())
+                    .folded(ty.elements().div_ceil(WORKGROUP), capabilities)?;
+                checked_values.push(value);
+                launches.push((launch, vec![Operand::Value(value), Operand::Checks]));
+            }
+        }
+    }
+    Ok((launches, checked_values))
+}
+
+/// A host tensor's elements as kernels read them.
+fn device_bytes(tensor: &Tensor) -> Vec<u8> {
+    match tensor.data() {
+        TensorData::I32(data) => bytemuck::cast_slice(data).to_vec(),
+        TensorData::F32(data) => bytemuck::cast_slice(data).to_vec(),
+        TensorData::F64(_) => bytemuck::cast_slice(&tensor.to_f32()).to_vec(),
+    }
+}
+
+fn tensor_of_bytes(bytes: &[u8], ty: &TensorType) -> Result<Tensor> {
+    let data = match ty.dtype {
+        DType::I32 => TensorData::I32(bytemuck::pod_collect_to_vec(bytes)),
+        _ => TensorData::F32(bytemuck::pod_collect_to_vec(bytes)),
+    };
+    Tensor::new(ty.shape.clone(), data)
+}

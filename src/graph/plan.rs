@@ -1,0 +1,382 @@
+//! The plan of a compiled graph: which operations run, and in which memory each value lives.
+//!
+//! Values that are never alive together share a buffer. Buffers are whole: a binding never starts inside one, because wgpu refuses
+//! a buffer that one dispatch reads and writes, even at disjoint ranges.
+
+use crate::device::{BUFFER_ALIGNMENT, Capabilities, Launches};
+use crate::error::{Error, Result};
+use crate::graph::{Graph, Source, Value};
+use crate::ops::{AliasKind, LaunchTypes};
+use crate::tensor::{DType, TensorType};
+
+/// Where a value lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Place {
+    /// A buffer of the session that values share.
+    Pool(usize),
+    /// The buffer of an input, by the input's value.
+    Input(u32),
+    /// The buffer of a constant, by the constant's value.
+    Constant(u32),
+    /// A parameter of the store, by its number in the graph.
+    Parameter(usize),
+}
+
+/// One operation of the plan.
+#[derive(Clone, Debug)]
+pub(crate) struct Step {
+    pub(crate) node: usize,
+    /// Copies to make before: bytes, from where, to where. The value copied stays as it is.
+    pub(crate) copies: Vec<(u64, Place, Place)>,
+    /// The same copies, as values.
+    pub(crate) copied_values: Vec<(u32, u32)>,
+    pub(crate) inputs: Vec<Place>,
+    pub(crate) outputs: Vec<Place>,
+    pub(crate) launches: Launches,
+    pub(crate) scratch: Vec<Place>,
+}
+
+/// What memory a session needs on its device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct MemoryReport {
+    /// Bytes of the parameters, optimiser state included; in the store, shared with other sessions.
+    pub parameters: u64,
+    /// Bytes of inputs and constants.
+    pub inputs: u64,
+    /// Bytes of the buffers that computed values share.
+    pub pool: u64,
+    /// The largest sum of bytes of values alive at one time: no plan could do with a smaller pool.
+    pub pool_lower_bound: u64,
+    /// How many buffers the pool has.
+    pub pool_buffers: usize,
+    /// How many values share them.
+    pub pool_values: usize,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) steps: Vec<Step>,
+    pub(crate) places: Vec<Option<Place>>,
+    /// Values with the same number share memory throughout their lives (views, in-place results).
+    pub(crate) classes: Vec<usize>,
+    /// The size of each pool buffer in bytes.
+    pub(crate) pool: Vec<u64>,
+    /// Inputs that something uses: values.
+    pub(crate) inputs: Vec<u32>,
+    pub(crate) constants: Vec<u32>,
+    pub(crate) parameters: Vec<usize>,
+    pub(crate) memory: MemoryReport,
+}
+
+/// Memory wanted from step `first` to step `last`.
+struct Block {
+    bytes: u64,
+    first: usize,
+    last: usize,
+}
+
+/// What the plan is made for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Target<'a> {
+    /// `None` for the host, which launches nothing.
+    pub(crate) capabilities: Option<&'a Capabilities>,
+    /// The size of a float.
+    pub(crate) float_bytes: u64,
+}
+
+impl Target<'_> {
+    pub(crate) fn bytes(&self, ty: &TensorType) -> u64 {
+        let element = if ty.dtype == DType::I32 { 4 } else { self.float_bytes };
+        (ty.elements() as u64 * element).next_multiple_of(BUFFER_ALIGNMENT)
+    }
+}
+
+/// The end of time: for values that the session keeps.
+const FOREVER: usize = usize::MAX;
+
+pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
+    let live = live_nodes(graph);
+    let mut classes = Classes::new(graph, &live)?;
+    let mut steps = Vec::with_capacity(live.len());
+    let mut blocks: Vec<Block> = Vec::new();
+    let mut scratch_blocks = Vec::new();
+
+    // Aliases, in order: an output takes over the memory of an input that dies here.
+    let mut copies_of = Vec::with_capacity(live.len());
+    for (time, &node) in live.iter().enumerate() {
+        let info = &graph.nodes[node];
+        let mut copies = Vec::new();
+        for alias in info.op.aliases() {
+            if alias.kind != AliasKind::Accumulate {
+                continue;
+            }
+            let (input, output) = (info.inputs[alias.input], info.outputs[alias.output]);
+            let shared_elsewhere = info
+                .inputs
+                .iter()
+                .enumerate()
+                .any(|(other, &value)| other != alias.input && classes.find(value) == classes.find(input));
+            if graph.is_computed(input) && !classes.is_fixed(input) && !shared_elsewhere && classes.last(input) == time {
+                classes.join(input, output);
+            } else {
+                copies.push((input, output));
+            }
+        }
+        copies_of.push(copies);
+    }
+
+    // Sizes and lifetimes of what must be placed.
+    let mut block_of_class = vec![None; graph.values.len()];
+    for (time, &node) in live.iter().enumerate() {
+        for &output in &graph.nodes[node].outputs {
+            let class = classes.find(output);
+            if classes.is_fixed(output) || block_of_class[class].is_some() {
+                continue;
+            }
+            let bytes = target.bytes(&graph.values[output.index as usize].ty);
+            block_of_class[class] = Some(blocks.len());
+            blocks.push(Block { bytes, first: time, last: classes.last(output).max(time) });
+        }
+    }
+    for (time, &node) in live.iter().enumerate() {
+        let info = &graph.nodes[node];
+        let launches = match target.capabilities {
+            Some(capabilities) => {
+                let types = |values: &[Value]| -> Vec<TensorType> {
+                    values.iter().map(|value| graph.values[value.index as usize].ty.clone()).collect()
+                };
+                let (inputs, outputs) = (types(&info.inputs), types(&info.outputs));
+                info.op.launches(LaunchTypes { inputs: &inputs, outputs: &outputs }, capabilities)?
+            }
+            None => Launches::default(),
+        };
+        let first_scratch = blocks.len();
+        for &bytes in &launches.scratch {
+            let bytes = bytes.next_multiple_of(BUFFER_ALIGNMENT);
+            blocks.push(Block { bytes, first: time, last: time });
+        }
+        scratch_blocks.push((launches, first_scratch..blocks.len()));
+    }
+
+    let (pool, pool_of_block) = assign(&blocks);
+    let mut places = vec![None; graph.values.len()];
+    for (index, info) in graph.values.iter().enumerate() {
+        let value = Value { graph: graph.id, index: index as u32 };
+        let class = classes.find(value);
+        places[index] = match classes.fixed[class] {
+            Some(place) => Some(place),
+            None => match info.source {
+                Source::Input(_) => Some(Place::Input(index as u32)),
+                Source::Constant(_) => Some(Place::Constant(index as u32)),
+                Source::Parameter(parameter) => Some(Place::Parameter(parameter)),
+                Source::Node { .. } => block_of_class[class].map(|block| Place::Pool(pool_of_block[block])),
+            },
+        };
+    }
+    let place = |value: Value| {
+        places[value.index as usize]
+            .ok_or_else(|| Error::NotKept { value: graph.describe(value) })
+    };
+    for ((&node, (launches, scratch)), copies) in live.iter().zip(scratch_blocks).zip(copies_of) {
+        let info = &graph.nodes[node];
+        steps.push(Step {
+            node,
+            copied_values: copies.iter().map(|(from, to)| (from.index, to.index)).collect(),
+            copies: copies
+                .into_iter()
+                .map(|(from, to)| Ok((target.bytes(graph.ty(from)?), place(from)?, place(to)?)))
+                .collect::<Result<_>>()?,
+            inputs: info.inputs.iter().map(|&value| place(value)).collect::<Result<_>>()?,
+            outputs: info.outputs.iter().map(|&value| place(value)).collect::<Result<_>>()?,
+            launches,
+            scratch: scratch.map(|block| Place::Pool(pool_of_block[block])).collect(),
+        });
+    }
+
+    let mut used: Vec<Place> = steps
+        .iter()
+        .flat_map(|step| step.inputs.iter().chain(&step.outputs))
+        .copied()
+        .chain(graph.outputs.iter().filter_map(|value| places[value.index as usize]))
+        .collect();
+    used.sort_by_key(|place| match *place {
+        Place::Pool(index) | Place::Parameter(index) => index,
+        Place::Input(index) | Place::Constant(index) => index as usize,
+    });
+    used.dedup();
+    let classes = (0..graph.values.len()).map(|index| classes.find(Value { graph: graph.id, index: index as u32 })).collect();
+    let mut plan = Plan { steps, places, classes, pool, inputs: vec![], constants: vec![], parameters: vec![], memory: MemoryReport::default() };
+    for place in used {
+        match place {
+            Place::Pool(_) => {}
+            Place::Input(index) => insert_once(&mut plan.inputs, index),
+            Place::Constant(index) => insert_once(&mut plan.constants, index),
+            Place::Parameter(index) => insert_once(&mut plan.parameters, index),
+        }
+    }
+    let value_bytes = |index: &u32| target.bytes(&graph.values[*index as usize].ty);
+    plan.memory = MemoryReport {
+        parameters: plan.parameters.iter().map(|&index| target.bytes(&graph.parameters[index].ty)).sum(),
+        inputs: plan.inputs.iter().chain(&plan.constants).map(value_bytes).sum(),
+        pool: plan.pool.iter().sum(),
+        pool_lower_bound: lower_bound(&blocks, live.len()),
+        pool_buffers: plan.pool.len(),
+        pool_values: blocks.len(),
+    };
+    Ok(plan)
+}
+
+fn insert_once<T: PartialEq>(list: &mut Vec<T>, item: T) {
+    if !list.contains(&item) {
+        list.push(item);
+    }
+}
+
+/// The nodes that an output or a parameter update depends on, in order.
+fn live_nodes(graph: &Graph) -> Vec<usize> {
+    let mut needed = vec![false; graph.values.len()];
+    for value in &graph.outputs {
+        needed[value.index as usize] = true;
+    }
+    let mut live = Vec::new();
+    for (index, node) in graph.nodes.iter().enumerate().rev() {
+        let updates = node.op.aliases().iter().any(|alias| alias.kind == AliasKind::Update);
+        if updates || node.outputs.iter().any(|output| needed[output.index as usize]) {
+            for input in &node.inputs {
+                needed[input.index as usize] = true;
+            }
+            live.push(index);
+        }
+    }
+    live.reverse();
+    live
+}
+
+/// Values that share memory, as a union-find forest.
+struct Classes {
+    parent: Vec<usize>,
+    last: Vec<usize>,
+    /// Memory outside the pool, by root.
+    fixed: Vec<Option<Place>>,
+}
+
+impl Classes {
+    fn new(graph: &Graph, live: &[usize]) -> Result<Self> {
+        let count = graph.values.len();
+        let mut classes = Self { parent: (0..count).collect(), last: vec![0; count], fixed: vec![None; count] };
+        for (index, info) in graph.values.iter().enumerate() {
+            classes.fixed[index] = match info.source {
+                Source::Input(_) => Some(Place::Input(index as u32)),
+                Source::Constant(_) => Some(Place::Constant(index as u32)),
+                Source::Parameter(parameter) => Some(Place::Parameter(parameter)),
+                Source::Node { .. } => None,
+            };
+        }
+        let mut stale = vec![false; count];
+        for (time, &node) in live.iter().enumerate() {
+            let info = &graph.nodes[node];
+            for &input in &info.inputs {
+                if stale[input.index as usize] {
+                    return Err(Error::shape(
+                        info.op.name(),
+                        format!("reads {} after an update: use the updated value", graph.describe(input)),
+                    ));
+                }
+                let root = classes.find(input);
+                classes.last[root] = classes.last[root].max(time);
+            }
+            for &output in &info.outputs {
+                classes.last[output.index as usize] = time;
+            }
+            for alias in info.op.aliases() {
+                match alias.kind {
+                    AliasKind::View => classes.join(info.inputs[alias.input], info.outputs[alias.output]),
+                    AliasKind::Update => {
+                        classes.join(info.inputs[alias.input], info.outputs[alias.output]);
+                        stale[info.inputs[alias.input].index as usize] = true;
+                    }
+                    AliasKind::Accumulate => {}
+                }
+            }
+        }
+        for &value in &graph.outputs {
+            let root = classes.find(value);
+            classes.last[root] = FOREVER;
+        }
+        Ok(classes)
+    }
+
+    fn find(&self, value: Value) -> usize {
+        let mut root = value.index as usize;
+        while self.parent[root] != root {
+            root = self.parent[root];
+        }
+        root
+    }
+
+    fn last(&self, value: Value) -> usize {
+        self.last[self.find(value)]
+    }
+
+    fn is_fixed(&self, value: Value) -> bool {
+        self.fixed[self.find(value)].is_some()
+    }
+
+    /// `output` lives where `input` lives.
+    fn join(&mut self, input: Value, output: Value) {
+        let (into, from) = (self.find(input), self.find(output));
+        if into != from {
+            self.parent[from] = into;
+            self.last[into] = self.last[into].max(self.last[from]);
+        }
+    }
+}
+
+/// Buffers for blocks: largest block first, into the buffer that fits it best and is free throughout its life.
+fn assign(blocks: &[Block]) -> (Vec<u64>, Vec<usize>) {
+    let mut order: Vec<usize> = (0..blocks.len()).collect();
+    order.sort_by_key(|&index| (std::cmp::Reverse(blocks[index].bytes), blocks[index].first));
+    let mut pool: Vec<(u64, Vec<usize>)> = Vec::new();
+    let mut pool_of_block = vec![0; blocks.len()];
+    for index in order {
+        let block = &blocks[index];
+        let free = |residents: &[usize]| {
+            residents.iter().all(|&other| blocks[other].last < block.first || block.last < blocks[other].first)
+        };
+        let best = (0..pool.len()).filter(|&slot| free(&pool[slot].1)).min_by_key(|&slot| pool[slot].0);
+        let slot = best.unwrap_or_else(|| {
+            pool.push((block.bytes, Vec::new()));
+            pool.len() - 1
+        });
+        pool[slot].1.push(index);
+        pool_of_block[index] = slot;
+    }
+    (pool.into_iter().map(|(bytes, _)| bytes).collect(), pool_of_block)
+}
+
+fn lower_bound(blocks: &[Block], steps: usize) -> u64 {
+    (0..steps)
+        .map(|time| blocks.iter().filter(|block| block.first <= time && time <= block.last).map(|block| block.bytes).sum())
+        .max()
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_alive_together_never_share_a_buffer() {
+        let spans = [(4, 0, 2), (8, 1, 3), (4, 3, 5), (16, 4, 4), (8, 5, FOREVER), (4, 6, 7), (2, 0, 7)];
+        let blocks: Vec<Block> = spans.iter().map(|&(bytes, first, last)| Block { bytes, first, last }).collect();
+        let (pool, places) = assign(&blocks);
+        for (a, x) in blocks.iter().enumerate() {
+            assert!(pool[places[a]] >= x.bytes, "block {a} does not fit its buffer");
+            for (b, y) in blocks.iter().enumerate().skip(a + 1) {
+                let together = x.first <= y.last && y.first <= x.last;
+                assert!(!(together && places[a] == places[b]), "blocks {a} and {b} overlap in time and space");
+            }
+        }
+        assert_eq!(lower_bound(&blocks, 8), 22, "at step 4: 4 + 16 + 2");
+    }
+}

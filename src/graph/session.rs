@@ -1,0 +1,407 @@
+//! A compiled graph: memory planned, pipelines built, ready to run any number of times.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::device::{CommandEncoder, Device, HostBuffer, Kind, Launch, LaunchTiming};
+use crate::error::{Error, Result};
+use crate::graph::gpu_executor::GpuExecutor;
+use crate::graph::host_executor::HostExecutor;
+use crate::graph::plan::{MemoryReport, Place, Plan, Target, plan};
+use crate::graph::store::Storage;
+use crate::graph::{Graph, ParameterStore, Source, Value};
+use crate::ops::{AliasKind, Op};
+use crate::tensor::{DType, Tensor, TensorType};
+
+/// How to compile a graph.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SessionOptions {
+    /// Fill the memory of computed values with NaN before the first run: a kernel that reads what nobody wrote then shows.
+    pub poison: bool,
+}
+
+/// What a session keeps of its graph.
+#[derive(Debug)]
+pub(crate) struct Compiled {
+    pub(crate) graph: u32,
+    pub(crate) types: Vec<TensorType>,
+    pub(crate) nodes: Vec<CompiledNode>,
+    pub(crate) constants: Vec<(u32, Tensor)>,
+    pub(crate) descriptions: Vec<String>,
+    pub(crate) parameter_types: Vec<TensorType>,
+    /// Limits of integer inputs: limit and ignored value, by input.
+    ranges: HashMap<u32, Vec<(usize, Option<i32>)>>,
+    inputs: HashMap<String, u32>,
+    outputs: Vec<u32>,
+}
+
+#[derive(Debug)]
+pub(crate) struct CompiledNode {
+    pub(crate) op: Arc<dyn Op>,
+    pub(crate) inputs: Vec<u32>,
+    pub(crate) outputs: Vec<u32>,
+    pub(crate) is_view: bool,
+}
+
+#[derive(Debug)]
+enum Executor {
+    Gpu(Box<GpuExecutor>),
+    Host(HostExecutor),
+}
+
+/// A compiled graph on a device. A run records one compute pass into one submission; after the first run nothing is
+/// allocated or compiled any more.
+#[derive(Debug)]
+pub struct Session {
+    device: Device,
+    plan: Plan,
+    compiled: Compiled,
+    executor: Executor,
+    written: HashMap<u32, bool>,
+}
+
+impl Graph {
+    /// Plans the memory, builds the pipelines and binds the parameters of `store`, for the device that the store is on.
+    ///
+    /// # Errors
+    /// [`Error::UnknownName`] or [`Error::TypeMismatch`] if the store lacks a parameter or holds another shape,
+    /// [`Error::Limit`] or [`Error::OutOfMemory`] if the device is too small, [`Error::Gpu`] if it refuses a kernel.
+    pub fn compile(&self, store: &ParameterStore) -> Result<Session> {
+        self.compile_with(store, SessionOptions::default())
+    }
+
+    /// [`Graph::compile`] with options.
+    ///
+    /// # Errors
+    /// As [`Graph::compile`].
+    pub fn compile_with(&self, store: &ParameterStore, options: SessionOptions) -> Result<Session> {
+        let device = store.device().clone();
+        let target = match device.kind() {
+            Kind::Gpu(gpu) => Target { capabilities: Some(&gpu.summary.capabilities), float_bytes: 4 },
+            Kind::Host { precision, .. } => Target { capabilities: None, float_bytes: precision.float_bytes() },
+        };
+        let plan = plan(self, target)?;
+        let compiled = self.compiled(&plan)?;
+        let mut gpu_parameters = HashMap::new();
+        let mut host_parameters = HashMap::new();
+        for &index in &plan.parameters {
+            match store.storage(&self.parameters[index])? {
+                Storage::Gpu(buffer) => _ = gpu_parameters.insert(index, buffer),
+                Storage::Host(words) => _ = host_parameters.insert(index, words),
+            }
+        }
+        let executor = match device.kind() {
+            Kind::Gpu(gpu) => Executor::Gpu(Box::new(GpuExecutor::new(gpu, &plan, &compiled, &gpu_parameters)?)),
+            Kind::Host { precision, checked } => {
+                Executor::Host(HostExecutor::new(*precision, *checked, &plan, &compiled, host_parameters))
+            }
+        };
+        let written = plan.inputs.iter().map(|&input| (input, false)).collect();
+        let mut session = Session { device, plan, compiled, executor, written };
+        if options.poison {
+            session.poison()?;
+        }
+        Ok(session)
+    }
+
+    fn compiled(&self, plan: &Plan) -> Result<Compiled> {
+        let types: Vec<TensorType> = self.values.iter().map(|value| value.ty.clone()).collect();
+        let mut ranges: HashMap<u32, Vec<(usize, Option<i32>)>> = HashMap::new();
+        for step in &plan.steps {
+            let node = &self.nodes[step.node];
+            let inputs: Vec<TensorType> = node.inputs.iter().map(|value| types[value.index as usize].clone()).collect();
+            for range in node.op.index_ranges(&inputs) {
+                // A view of an input (a reshape) is written through the input.
+                let class = plan.classes[node.inputs[range.input].index as usize] as u32;
+                ranges.entry(class).or_default().push((range.limit, range.ignored));
+            }
+        }
+        let value_at = |index: usize| Value { graph: self.id, index: index as u32 };
+        Ok(Compiled {
+            graph: self.id,
+            nodes: self
+                .nodes
+                .iter()
+                .map(|node| CompiledNode {
+                    op: Arc::clone(&node.op),
+                    inputs: node.inputs.iter().map(|value| value.index).collect(),
+                    outputs: node.outputs.iter().map(|value| value.index).collect(),
+                    is_view: node.op.aliases().iter().any(|alias| alias.kind == AliasKind::View),
+                })
+                .collect(),
+            constants: plan
+                .constants
+                .iter()
+                .filter_map(|&index| match &self.values[index as usize].source {
+                    Source::Constant(tensor) => Some((index, tensor.clone())),
+                    _ => None,
+                })
+                .collect(),
+            descriptions: (0..self.values.len()).map(|index| self.describe(value_at(index))).collect(),
+            parameter_types: self.parameters.iter().map(|spec| spec.ty.clone()).collect(),
+            ranges,
+            inputs: self
+                .values
+                .iter()
+                .enumerate()
+                .filter_map(|(index, value)| match &value.source {
+                    Source::Input(name) => Some((name.clone(), index as u32)),
+                    _ => None,
+                })
+                .collect(),
+            outputs: self.outputs.iter().map(|value| value.index).collect(),
+            types,
+        })
+    }
+}
+
+impl Session {
+    /// The device it runs on.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What memory it needs.
+    #[must_use]
+    pub fn memory(&self) -> MemoryReport {
+        self.plan.memory
+    }
+
+    /// The kernels of a run, in order, as data; none on the CPU.
+    #[must_use]
+    pub fn launches(&self) -> Vec<&Launch> {
+        match &self.executor {
+            Executor::Gpu(gpu) => gpu.launches().collect(),
+            Executor::Host(_) => Vec::new(),
+        }
+    }
+
+    /// Writes an input by name. It stays until it is written again.
+    ///
+    /// # Errors
+    /// [`Error::UnknownName`] if there is no such input; and as [`Session::write`].
+    pub fn set(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
+        let index = self.compiled.inputs.get(name).copied();
+        let index = index.ok_or_else(|| Error::UnknownName { kind: "input", name: name.to_owned() })?;
+        self.write(Value { graph: self.compiled.graph, index }, tensor)
+    }
+
+    /// Writes an input. It stays until it is written again.
+    ///
+    /// # Errors
+    /// [`Error::TypeMismatch`] if the shape or type is another, [`Error::IndexOutOfRange`] if an index (a label, a token id) is out of
+    /// range, [`Error::NotFinite`] for a NaN in checked mode, [`Error::UnknownName`] if the value is not an input.
+    pub fn write(&mut self, value: Value, tensor: &Tensor) -> Result<()> {
+        let index = self.index(value)?;
+        let description = || self.compiled.descriptions[index as usize].clone();
+        if !self.compiled.inputs.values().any(|&input| input == index) {
+            return Err(Error::UnknownName { kind: "input", name: description() });
+        }
+        let expected = &self.compiled.types[index as usize];
+        let integers = tensor.dtype() == DType::I32;
+        if tensor.shape() != &expected.shape || integers != (expected.dtype == DType::I32) {
+            return Err(Error::TypeMismatch { name: description(), expected: expected.clone(), found: tensor.ty() });
+        }
+        for &(limit, ignored) in self.compiled.ranges.get(&index).into_iter().flatten() {
+            let outside = |&&found: &&i32| Some(found) != ignored && (found < 0 || found as usize >= limit);
+            let indices = tensor.as_i32().unwrap_or_default();
+            if let Some((position, &found)) = indices.iter().enumerate().find(|(_, found)| outside(found)) {
+                return Err(Error::IndexOutOfRange { name: description(), position, index: found, limit, ignored });
+            }
+        }
+        if self.device.is_checked()
+            && let Some(element) = tensor.first_not_finite()
+        {
+            return Err(Error::NotFinite { value: description(), element });
+        }
+        // An input that nothing uses has no memory and needs none.
+        let Some(written) = self.written.get_mut(&index) else { return Ok(()) };
+        *written = true;
+        match &mut self.executor {
+            Executor::Gpu(gpu) => gpu.write(Place::Input(index), tensor),
+            Executor::Host(host) => {
+                host.write(Place::Input(index), tensor);
+                Ok(())
+            }
+        }
+    }
+
+    /// Uses a buffer of the host application as the memory of an input or an output, instead of the session's own. It must
+    /// have `BufferUsages::STORAGE`, be at least as large as the value rounded up to 16 bytes, and not serve two values.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] if it is too small, [`Error::NotKept`] if the value is neither an input nor an output,
+    /// [`Error::NoAdapter`] on the CPU, [`Error::Gpu`] if wgpu refuses it.
+    pub fn bind(&mut self, value: Value, buffer: &HostBuffer) -> Result<()> {
+        let index = self.index(value)?;
+        let place = self.plan.places[index as usize];
+        let is_input = matches!(place, Some(Place::Input(_)));
+        let is_output = self.compiled.outputs.contains(&index) && matches!(place, Some(Place::Pool(_)));
+        if !is_input && !is_output {
+            return Err(Error::NotKept { value: self.compiled.descriptions[index as usize].clone() });
+        }
+        let needed = (self.compiled.types[index as usize].bytes() as u64).next_multiple_of(crate::device::BUFFER_ALIGNMENT);
+        if buffer.size() < needed {
+            return Err(Error::Limit {
+                thing: format!("{}, bound to the host's buffer", self.compiled.descriptions[index as usize]),
+                needed,
+                limit: buffer.size(),
+                unit: "bytes",
+            });
+        }
+        let Executor::Gpu(gpu) = &mut self.executor else {
+            return Err(Error::NoAdapter { requested: "a host buffer".to_owned(), reason: "this session runs on the CPU".to_owned() });
+        };
+        gpu.bind(&self.plan, &self.compiled, index, buffer.clone())?;
+        if is_input {
+            self.written.insert(index, true);
+        }
+        Ok(())
+    }
+
+    /// Runs once: one compute pass, one submission. On a GPU it returns when the work is submitted, not when it is done.
+    ///
+    /// # Errors
+    /// [`Error::MissingInput`] if an input was never written, [`Error::DeviceLost`], [`Error::OutOfMemory`], and in checked mode
+    /// [`Error::NotFinite`].
+    pub fn run(&mut self) -> Result<()> {
+        self.run_reading(&[]).map(drop)
+    }
+
+    /// Runs once and reads these outputs, all in one submission.
+    ///
+    /// # Errors
+    /// As [`Session::run`], and [`Error::NotKept`] for a value that is not an output.
+    pub fn run_reading(&mut self, read: &[Value]) -> Result<Vec<Tensor>> {
+        pollster::block_on(self.run_with(read, true))
+    }
+
+    /// [`Session::run_reading`] for an async caller; the only way in a browser.
+    ///
+    /// # Errors
+    /// As [`Session::run_reading`].
+    pub async fn run_reading_async(&mut self, read: &[Value]) -> Result<Vec<Tensor>> {
+        self.run_with(read, false).await
+    }
+
+    async fn run_with(&mut self, read: &[Value], poll: bool) -> Result<Vec<Tensor>> {
+        self.ready()?;
+        let indices = self.kept(read)?;
+        match &mut self.executor {
+            Executor::Gpu(gpu) => gpu.run(&self.plan, &self.compiled, &indices, poll).await,
+            Executor::Host(host) => {
+                host.run(&self.plan, &self.compiled)?;
+                self.host_values(&indices)
+            }
+        }
+    }
+
+    /// Reads an output as the last run left it, once that run is done. Costs a submission of its own; a loop that reads every
+    /// step does better with [`Session::run_reading`].
+    ///
+    /// # Errors
+    /// [`Error::NotKept`] if it is not an output, [`Error::DeviceLost`].
+    pub fn read(&mut self, value: Value) -> Result<Tensor> {
+        pollster::block_on(self.read_with(value, true))
+    }
+
+    /// [`Session::read`] for an async caller.
+    ///
+    /// # Errors
+    /// As [`Session::read`].
+    pub async fn read_async(&mut self, value: Value) -> Result<Tensor> {
+        self.read_with(value, false).await
+    }
+
+    async fn read_with(&mut self, value: Value, poll: bool) -> Result<Tensor> {
+        let indices = self.kept(&[value])?;
+        let mut tensors = match &mut self.executor {
+            Executor::Gpu(gpu) => gpu.read(&self.plan, &self.compiled, &indices, poll).await?,
+            Executor::Host(_) => self.host_values(&indices)?,
+        };
+        Ok(tensors.remove(0))
+    }
+
+    /// Records a run into the host application's encoder: one compute pass, submitted whenever the application submits.
+    /// Checked mode does not look for NaN on this path.
+    ///
+    /// # Errors
+    /// [`Error::MissingInput`] if an input was neither written nor bound, [`Error::NoAdapter`] on the CPU.
+    pub fn encode(&self, encoder: &mut CommandEncoder) -> Result<()> {
+        self.ready()?;
+        match &self.executor {
+            Executor::Gpu(gpu) => {
+                gpu.encode(encoder);
+                Ok(())
+            }
+            Executor::Host(_) => Err(Error::NoAdapter {
+                requested: "a command encoder".to_owned(),
+                reason: "this session runs on the CPU".to_owned(),
+            }),
+        }
+    }
+
+    /// Runs once and times every launch on the device.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the adapter has no timestamps inside passes, [`Error::NoAdapter`] on the CPU.
+    pub fn profile(&mut self) -> Result<Vec<LaunchTiming>> {
+        self.ready()?;
+        match &self.executor {
+            Executor::Gpu(gpu) => gpu.profile(),
+            Executor::Host(_) => Err(Error::NoAdapter {
+                requested: "launch timings".to_owned(),
+                reason: "this session runs on the CPU".to_owned(),
+            }),
+        }
+    }
+
+    /// Fills the memory of computed values with NaN.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`] if the device is gone.
+    pub fn poison(&mut self) -> Result<()> {
+        match &mut self.executor {
+            Executor::Gpu(gpu) => gpu.poison(&self.plan),
+            Executor::Host(host) => {
+                host.poison(self.plan.pool.len());
+                Ok(())
+            }
+        }
+    }
+
+    fn ready(&self) -> Result<()> {
+        match self.written.iter().find(|(_, written)| !**written) {
+            Some((&input, _)) => Err(Error::MissingInput { name: self.compiled.descriptions[input as usize].clone() }),
+            None => Ok(()),
+        }
+    }
+
+    fn index(&self, value: Value) -> Result<u32> {
+        if value.graph == self.compiled.graph { Ok(value.index) } else { Err(Error::ForeignValue { op: "session" }) }
+    }
+
+    /// The values' indices, if all of them can be read.
+    fn kept(&self, values: &[Value]) -> Result<Vec<u32>> {
+        values
+            .iter()
+            .map(|&value| {
+                let index = self.index(value)?;
+                let kept = self.compiled.outputs.contains(&index) && self.plan.places[index as usize].is_some();
+                if kept { Ok(index) } else { Err(Error::NotKept { value: self.compiled.descriptions[index as usize].clone() }) }
+            })
+            .collect()
+    }
+
+    fn host_values(&self, indices: &[u32]) -> Result<Vec<Tensor>> {
+        let Executor::Host(host) = &self.executor else { return Ok(Vec::new()) };
+        indices
+            .iter()
+            .map(|&index| match self.plan.places[index as usize] {
+                Some(place) => host.read(place, &self.compiled.types[index as usize]),
+                None => Err(Error::NotKept { value: self.compiled.descriptions[index as usize].clone() }),
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,188 @@
+//! Operations: one file each, with the shape rule, the gradient rule, the GPU launches and the CPU reference side by side, and
+//! one file of the same name in `shaders/`.
+
+mod accumulate;
+mod binary;
+mod host;
+mod reshape;
+mod sum;
+mod unary;
+
+use std::fmt;
+
+pub(crate) use host::HostBuffer;
+pub use host::{HostIo, Real};
+
+use crate::device::{Capabilities, Launches};
+use crate::error::{Error, Result};
+use crate::graph::Backward;
+use crate::tensor::{DType, TensorType};
+
+/// The types of an operation's inputs and outputs, for [`Op::launches`].
+#[derive(Clone, Copy, Debug)]
+pub struct LaunchTypes<'a> {
+    /// The inputs, in order.
+    pub inputs: &'a [TensorType],
+    /// The outputs, in order.
+    pub outputs: &'a [TensorType],
+}
+
+/// An output that lives in the memory of an input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alias {
+    /// The input's number.
+    pub input: usize,
+    /// The output's number.
+    pub output: usize,
+    /// What that means.
+    pub kind: AliasKind,
+}
+
+/// How an output shares an input's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AliasKind {
+    /// The output is the input under another shape: nothing is launched.
+    View,
+    /// The kernel reads and writes the output, which arrives holding the input's elements and must not be bound as an input.
+    /// Where the input is needed afterwards, the planner copies it first.
+    Accumulate,
+    /// As `Accumulate`, but the input is a parameter, which is changed in place and stays changed after the run.
+    Update,
+}
+
+/// The allowed values of an integer input that comes from outside the graph; checked when the host writes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IndexRange {
+    /// The input's number.
+    pub input: usize,
+    /// One past the largest index.
+    pub limit: usize,
+    /// A value outside `0..limit` that is allowed all the same.
+    pub ignored: Option<i32>,
+}
+
+/// An operation of the graph. The trait is public: an application can add operations of its own, with their own WGSL, by
+/// [`Graph::apply`](crate::Graph::apply).
+///
+/// An op that launches kernels promises that they stay inside the buffers they bind, for every shape that
+/// [`Op::outputs`] accepts: trusted devices run them without bounds checks.
+pub trait Op: fmt::Debug + Send + Sync + 'static {
+    /// The name in messages and tables.
+    fn name(&self) -> &'static str;
+
+    /// Shape and type rule; the only place that checks the operands.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the operands do not fit the operation.
+    fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>>;
+
+    /// Builds the gradient of every input that [`Backward::wants`] from the gradients of the outputs.
+    ///
+    /// # Errors
+    /// [`Error::NoGradient`] if there is no rule.
+    fn backward(&self, _context: &mut Backward<'_>) -> Result<()> {
+        Err(Error::NoGradient { op: self.name() })
+    }
+
+    /// Whether a gradient can flow to this float input at all.
+    fn differentiable(&self, _input: usize) -> bool {
+        true
+    }
+
+    /// Outputs that share the memory of inputs.
+    fn aliases(&self) -> Vec<Alias> {
+        Vec::new()
+    }
+
+    /// Integer inputs whose values must lie in a range.
+    fn index_ranges(&self, _inputs: &[TensorType]) -> Vec<IndexRange> {
+        Vec::new()
+    }
+
+    /// The kernels to run on a GPU, as data.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] if the shapes are more than the device can do.
+    fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches>;
+
+    /// The same on the CPU, in 32-bit floats. Written once with [`host_reference!`](crate::host_reference).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if an operand is not there or of the wrong type.
+    fn reference_f32(&self, io: HostIo<'_, f32>) -> Result<()>;
+
+    /// The same on the CPU, in 64-bit floats.
+    ///
+    /// # Errors
+    /// As [`Op::reference_f32`].
+    fn reference_f64(&self, io: HostIo<'_, f64>) -> Result<()>;
+}
+
+/// Inside `impl Op for ...`: both reference methods, from one generic method `fn reference<R: Real>(&self, io: HostIo<'_, R>)`.
+#[macro_export]
+macro_rules! host_reference {
+    () => {
+        fn reference_f32(&self, io: $crate::HostIo<'_, f32>) -> $crate::Result<()> {
+            self.reference(io)
+        }
+
+        fn reference_f64(&self, io: $crate::HostIo<'_, f64>) -> $crate::Result<()> {
+            self.reference(io)
+        }
+    };
+}
+
+/// The shader of an operation, from `shaders/NAME.wgsl`; further names are put in front of it as shared parts.
+macro_rules! shader {
+    ($name:literal $(, $part:literal)*) => {
+        $crate::device::Shader {
+            name: $name,
+            source: concat!($(include_str!(concat!("../../shaders/parts/", $part, ".wgsl")),)* include_str!(concat!("../../shaders/", $name, ".wgsl"))),
+        }
+    };
+}
+pub(crate) use shader;
+
+/// How many operands an operation takes.
+pub(crate) fn expect_count(op: &'static str, inputs: &[TensorType], count: usize) -> Result<()> {
+    if inputs.len() == count {
+        Ok(())
+    } else {
+        Err(Error::shape(op, format!("takes {count} operands, was given {}", inputs.len())))
+    }
+}
+
+/// That an operand has this element type.
+pub(crate) fn expect_dtype(op: &'static str, name: &str, ty: &TensorType, dtype: DType) -> Result<()> {
+    if ty.dtype == dtype {
+        Ok(())
+    } else {
+        Err(Error::shape(op, format!("{name} is {ty}, expected elements of type {dtype:?}")))
+    }
+}
+
+/// That an operand is floats of this shape.
+pub(crate) fn expect_f32(op: &'static str, name: &str, ty: &TensorType, dims: &[usize]) -> Result<()> {
+    if ty.dtype == DType::F32 && ty.dims() == dims {
+        Ok(())
+    } else {
+        Err(Error::shape(op, format!("{name} is {ty}, expected f32{dims:?}")))
+    }
+}
+
+/// That an operand is integers of this shape.
+pub(crate) fn expect_i32(op: &'static str, name: &str, ty: &TensorType, dims: &[usize]) -> Result<()> {
+    if ty.dtype == DType::I32 && ty.dims() == dims {
+        Ok(())
+    } else {
+        Err(Error::shape(op, format!("{name} is {ty}, expected i32{dims:?}")))
+    }
+}
+
+/// The extents of an operand that must be floats with so many dimensions.
+pub(crate) fn dims_f32<const N: usize>(op: &'static str, name: &str, ty: &TensorType) -> Result<[usize; N]> {
+    match <[usize; N]>::try_from(ty.dims()) {
+        Ok(dims) if ty.dtype == DType::F32 => Ok(dims),
+        _ => Err(Error::shape(op, format!("{name} is {ty}, expected f32 with {N} dimensions"))),
+    }
+}

@@ -1,0 +1,225 @@
+//! Sums and means over axes, and the repetition that undoes them.
+
+use crate::device::{Capabilities, Launch, Launches, Slot};
+use crate::error::{Error, Result};
+use crate::graph::{Backward, Graph, Value};
+use crate::host_reference;
+use crate::ops::{HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, shader};
+use crate::tensor::{DType, Shape, TensorType};
+
+const WORKGROUP: usize = 64;
+/// Terms that one workgroup adds up; a longer sum takes a second pass over the partial sums.
+const CHUNK: usize = 4096;
+
+/// Sums over neighbouring axes: the operand is `[outer, terms, inner]`, the result `[outer, inner]` in `shape`.
+#[derive(Clone, Debug)]
+struct Sum {
+    outer: usize,
+    terms: usize,
+    inner: usize,
+    shape: Shape,
+}
+
+/// The other way round: each element `terms` times.
+#[derive(Clone, Debug)]
+struct Repeat {
+    outer: usize,
+    terms: usize,
+    inner: usize,
+    shape: Shape,
+}
+
+impl Graph {
+    /// The sum over the axes named; they disappear from the shape. The order of the additions is fixed.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if an axis does not exist.
+    pub fn sum(&mut self, x: Value, axes: &[usize]) -> Result<Value> {
+        let kept: Vec<usize> = {
+            let dims = self.ty(x)?.dims();
+            if let Some(axis) = axes.iter().find(|&&axis| axis >= dims.len()) {
+                return Err(Error::shape("sum", format!("{} has no axis {axis}", self.ty(x)?)));
+            }
+            dims.iter().enumerate().filter(|(axis, _)| !axes.contains(axis)).map(|(_, &extent)| extent).collect()
+        };
+        let kept_dims = self.sum_kept(x, axes)?;
+        self.reshape(kept_dims, kept)
+    }
+
+    /// As [`Graph::sum`], the axes staying as extents of 1: one operation for each run of neighbouring axes.
+    fn sum_kept(&mut self, x: Value, axes: &[usize]) -> Result<Value> {
+        let mut x = x;
+        let rank = self.ty(x)?.shape.rank();
+        let mut end = rank;
+        while end > 0 {
+            if !axes.contains(&(end - 1)) {
+                end -= 1;
+                continue;
+            }
+            let start = (0..end).rev().take_while(|axis| axes.contains(axis)).last().unwrap_or(end - 1);
+            let mut dims = self.ty(x)?.dims().to_vec();
+            let op = Sum {
+                outer: dims[..start].iter().product(),
+                terms: dims[start..end].iter().product(),
+                inner: dims[end..].iter().product(),
+                shape: {
+                    dims[start..end].fill(1);
+                    dims.into()
+                },
+            };
+            x = self.apply1(op, &[x])?;
+            end = start;
+        }
+        Ok(x)
+    }
+
+    /// The sum of all elements, a scalar.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `x` holds integers.
+    pub fn sum_all(&mut self, x: Value) -> Result<Value> {
+        let axes: Vec<usize> = (0..self.ty(x)?.shape.rank()).collect();
+        self.sum(x, &axes)
+    }
+
+    /// The mean of all elements, a scalar.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `x` holds integers.
+    pub fn mean_all(&mut self, x: Value) -> Result<Value> {
+        let count = self.ty(x)?.elements();
+        let sum = self.sum_all(x)?;
+        self.scale(sum, 1.0 / count as f32)
+    }
+
+    /// Sums a tensor down to a shape that broadcasts to its own: the gradient of broadcasting.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `shape` does not broadcast to the shape of `x`.
+    pub fn sum_to(&mut self, x: Value, shape: &Shape) -> Result<Value> {
+        let ty = self.ty(x)?.clone();
+        if ty.shape == *shape {
+            return Ok(x);
+        }
+        if shape.broadcast(&ty.shape).as_ref() != Some(&ty.shape) {
+            return Err(Error::shape("sum_to", format!("{shape} does not broadcast to {ty}")));
+        }
+        let missing = ty.shape.rank() - shape.rank();
+        let axes: Vec<usize> = (0..ty.shape.rank())
+            .filter(|&axis| axis < missing || (shape.dims()[axis - missing] == 1 && ty.dims()[axis] != 1))
+            .collect();
+        let summed = self.sum_kept(x, &axes)?;
+        self.reshape(summed, shape)
+    }
+}
+
+impl Sum {
+    fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
+        let x = io.floats(0)?;
+        let y = io.floats_out(0)?;
+        for (index, y) in y.iter_mut().enumerate() {
+            let (outer, inner) = (index / self.inner, index % self.inner);
+            *y = (0..self.terms).map(|term| x[(outer * self.terms + term) * self.inner + inner]).sum();
+        }
+        Ok(())
+    }
+}
+
+impl Op for Sum {
+    fn name(&self) -> &'static str {
+        "sum"
+    }
+
+    fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
+        expect_count(self.name(), inputs, 1)?;
+        expect_dtype(self.name(), "the operand", &inputs[0], DType::F32)?;
+        Ok(vec![TensorType::f32(&self.shape)])
+    }
+
+    fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
+        let Some(dy) = context.gradient(0) else { return Ok(()) };
+        let shape = context.graph.ty(context.input(0))?.shape.clone();
+        let op = Repeat { outer: self.outer, terms: self.terms, inner: self.inner, shape };
+        let dx = context.graph.apply1(op, &[dy])?;
+        context.add(0, dx)
+    }
+
+    fn launches(&self, _io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
+        let sums = self.outer * self.inner;
+        let chunks = self.terms.div_ceil(CHUNK);
+        let pass = |from: Slot, to: Slot, terms: usize, inner: usize, chunks: usize, outer: usize| {
+            Launch::new(shader!("sum"), "forward")
+                .read(1, from)
+                .write(2, to)
+                .param(outer * inner)
+                .param(terms)
+                .param(inner)
+                .param(chunks)
+                .folded(outer * inner * chunks, capabilities)
+        };
+        if chunks == 1 {
+            return Ok(pass(Slot::Input(0), Slot::Output(0), self.terms, self.inner, 1, self.outer)?.into());
+        }
+        // Partial sums: [outer, inner, chunks], then summed over the chunks. Their number is bounded by the second pass too.
+        if chunks > CHUNK {
+            return Err(Error::Limit {
+                thing: "a sum".to_owned(),
+                needed: self.terms as u64,
+                limit: (CHUNK * CHUNK) as u64,
+                unit: "terms",
+            });
+        }
+        let mut launches = Launches::default();
+        let partial = launches.scratch_words(sums * chunks);
+        launches.launches.push(pass(Slot::Input(0), partial, self.terms, self.inner, chunks, self.outer)?);
+        launches.launches.push(pass(partial, Slot::Output(0), chunks, 1, 1, sums)?);
+        Ok(launches)
+    }
+
+    host_reference!();
+}
+
+impl Repeat {
+    fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
+        let x = io.floats(0)?;
+        for (index, y) in io.floats_out(0)?.iter_mut().enumerate() {
+            *y = x[index / (self.terms * self.inner) * self.inner + index % self.inner];
+        }
+        Ok(())
+    }
+}
+
+impl Op for Repeat {
+    fn name(&self) -> &'static str {
+        "repeat"
+    }
+
+    fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
+        expect_count(self.name(), inputs, 1)?;
+        expect_dtype(self.name(), "the operand", &inputs[0], DType::F32)?;
+        Ok(vec![TensorType::f32(&self.shape)])
+    }
+
+    fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
+        let Some(dy) = context.gradient(0) else { return Ok(()) };
+        let shape = context.graph.ty(context.input(0))?.shape.clone();
+        let op = Sum { outer: self.outer, terms: self.terms, inner: self.inner, shape };
+        let dx = context.graph.apply1(op, &[dy])?;
+        context.add(0, dx)
+    }
+
+    fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
+        let elements = io.outputs[0].elements();
+        let launch = Launch::new(shader!("sum"), "repeat")
+            .read(1, Slot::Input(0))
+            .write(2, Slot::Output(0))
+            .param(elements)
+            .param(self.terms)
+            .param(self.inner)
+            .param(1_usize)
+            .folded(elements.div_ceil(WORKGROUP), capabilities)?;
+        Ok(launch.into())
+    }
+
+    host_reference!();
+}

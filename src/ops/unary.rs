@@ -1,0 +1,177 @@
+//! Arithmetic on one tensor, element by element: a x + b, negation, square, square root, reciprocal, exp, ln.
+
+use crate::device::{Capabilities, Launch, Launches, Slot};
+use crate::error::Result;
+use crate::graph::{Backward, Graph, Value};
+use crate::host_reference;
+use crate::ops::{HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, shader};
+use crate::tensor::{DType, TensorType};
+
+const WORKGROUP: usize = 64;
+
+/// Which function; the numbers are those of `shaders/unary.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Function {
+    Affine { scale: f32, offset: f32 },
+    Square,
+    SquareRoot,
+    Reciprocal,
+    Exp,
+    Ln,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Unary(Function);
+
+impl Graph {
+    /// `scale * x + offset`, element by element.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `x` holds integers.
+    pub fn affine(&mut self, x: Value, scale: f32, offset: f32) -> Result<Value> {
+        self.apply1(Unary(Function::Affine { scale, offset }), &[x])
+    }
+
+    /// `factor * x`, element by element.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `x` holds integers.
+    pub fn scale(&mut self, x: Value, factor: f32) -> Result<Value> {
+        self.affine(x, factor, 0.0)
+    }
+
+    /// `-x`, element by element.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `x` holds integers.
+    pub fn neg(&mut self, x: Value) -> Result<Value> {
+        self.affine(x, -1.0, 0.0)
+    }
+
+    /// `x * x`, element by element.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `x` holds integers.
+    pub fn square(&mut self, x: Value) -> Result<Value> {
+        self.apply1(Unary(Function::Square), &[x])
+    }
+
+    /// The square root, element by element.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `x` holds integers.
+    pub fn sqrt(&mut self, x: Value) -> Result<Value> {
+        self.apply1(Unary(Function::SquareRoot), &[x])
+    }
+
+    /// `1 / x`, element by element.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `x` holds integers.
+    pub fn reciprocal(&mut self, x: Value) -> Result<Value> {
+        self.apply1(Unary(Function::Reciprocal), &[x])
+    }
+
+    /// e to the power of x, element by element.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `x` holds integers.
+    pub fn exp(&mut self, x: Value) -> Result<Value> {
+        self.apply1(Unary(Function::Exp), &[x])
+    }
+
+    /// The natural logarithm, element by element.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `x` holds integers.
+    pub fn ln(&mut self, x: Value) -> Result<Value> {
+        self.apply1(Unary(Function::Ln), &[x])
+    }
+}
+
+impl Unary {
+    fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
+        let x = io.floats(0)?;
+        let y = io.floats_out(0)?;
+        let function = self.0;
+        let apply = |x: R| match function {
+            Function::Affine { scale, offset } => R::of(f64::from(scale)) * x + R::of(f64::from(offset)),
+            Function::Square => x * x,
+            Function::SquareRoot => x.sqrt(),
+            Function::Reciprocal => x.recip(),
+            Function::Exp => x.exp(),
+            Function::Ln => x.ln(),
+        };
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = apply(x);
+        }
+        Ok(())
+    }
+}
+
+impl Op for Unary {
+    fn name(&self) -> &'static str {
+        match self.0 {
+            Function::Affine { .. } => "affine",
+            Function::Square => "square",
+            Function::SquareRoot => "sqrt",
+            Function::Reciprocal => "reciprocal",
+            Function::Exp => "exp",
+            Function::Ln => "ln",
+        }
+    }
+
+    fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
+        expect_count(self.name(), inputs, 1)?;
+        expect_dtype(self.name(), "the operand", &inputs[0], DType::F32)?;
+        Ok(vec![inputs[0].clone()])
+    }
+
+    fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
+        let Some(dy) = context.gradient(0) else { return Ok(()) };
+        let (x, y) = (context.input(0), context.output(0));
+        let graph = &mut *context.graph;
+        let dx = match self.0 {
+            Function::Affine { scale, .. } => graph.scale(dy, scale)?,
+            Function::Square => {
+                let twice = graph.scale(x, 2.0)?;
+                graph.mul(dy, twice)?
+            }
+            Function::SquareRoot => {
+                let half = graph.scale(dy, 0.5)?;
+                graph.div(half, y)?
+            }
+            Function::Reciprocal => {
+                let square = graph.square(y)?;
+                let product = graph.mul(dy, square)?;
+                graph.neg(product)?
+            }
+            Function::Exp => graph.mul(dy, y)?,
+            Function::Ln => graph.div(dy, x)?,
+        };
+        context.add(0, dx)
+    }
+
+    fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
+        let elements = io.outputs[0].elements();
+        let (code, scale, offset) = match self.0 {
+            Function::Affine { scale, offset } => (0, scale, offset),
+            Function::Square => (1, 0.0, 0.0),
+            Function::SquareRoot => (2, 0.0, 0.0),
+            Function::Reciprocal => (3, 0.0, 0.0),
+            Function::Exp => (4, 0.0, 0.0),
+            Function::Ln => (5, 0.0, 0.0),
+        };
+        let launch = Launch::new(shader!("unary"), "forward")
+            .constant("FUNCTION", code)
+            .read(1, Slot::Input(0))
+            .write(2, Slot::Output(0))
+            .param(elements)
+            .param(scale)
+            .param(offset)
+            .folded(elements.div_ceil(4 * WORKGROUP), capabilities)?;
+        Ok(launch.into())
+    }
+
+    host_reference!();
+}
