@@ -3,8 +3,17 @@
 
 mod accumulate;
 mod binary;
+mod expand;
+mod gate_gradient;
 mod host;
+mod host_gemm;
+mod matmul;
 mod reshape;
+mod route;
+mod segment_outer;
+mod segments;
+mod shrink;
+mod sort;
 mod sum;
 mod unary;
 
@@ -12,6 +21,10 @@ use std::fmt;
 
 pub(crate) use host::HostBuffer;
 pub use host::{HostIo, Real};
+pub use matmul::MatMul;
+pub use route::Routed;
+pub use segments::{Layout, Segments};
+pub use sort::Sorted;
 
 use crate::device::{Capabilities, Launches};
 use crate::error::{Error, Result};

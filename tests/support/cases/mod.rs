@@ -1,10 +1,12 @@
 //! The cases, one file for each family of operations.
 
 mod arithmetic;
+mod grouped;
+mod products;
 
 use super::case::Case;
 
 /// Every case there is.
 pub fn all() -> Vec<Case> {
-    [arithmetic::cases()].into_iter().flatten().collect()
+    [arithmetic::cases(), products::cases(), grouped::cases()].into_iter().flatten().collect()
 }

@@ -1,0 +1,135 @@
+// Grouped shrink:   z[p, :] = W[e] x[p / share, :]    for the pairs p of every expert e
+//
+// Layouts       x: [rows, in];  weight: [experts, out, in] (OUT_IN) or [experts, in, out];  order: pairs sorted by expert;
+//               offsets: where each expert's pairs start;  z: [pairs, out], in the order of the pairs, not the sorted one.
+//               x and weight are read as vec4s (ALIGNED: every row starts at a multiple of 4), or element by element.
+// Grid          one workgroup for LANES_PAIRS x LANES_OUT tiles of 4 pairs x 4 outputs; tiles of all experts, an upper bound of
+//               them, times the tiles along out; folded into (x, y).
+// Work          an invocation keeps 4 named vec4s and goes through in by 4: 8 vec4 loads, 64 multiply-adds. Rows past the end of
+//               the segment or of out are read as the last one inside and not stored.
+
+override LANES_PAIRS: u32 = 16u;
+override LANES_OUT: u32 = 4u;
+override OUT_IN: bool = true;
+override ALIGNED: bool = true;
+
+struct Params {
+  experts: u32,
+  out: u32,
+  in: u32,
+  share: u32,
+  out_groups: u32,
+  groups_per_row: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> weight: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> order: array<u32>;
+@group(0) @binding(4) var<storage, read> offsets: array<u32>;
+@group(0) @binding(5) var<storage, read_write> z: array<f32>;
+
+struct SegmentTile {
+  expert: u32,
+  first: u32, // the tile's first place in the sorted order
+  end: u32,   // the end of the expert's segment
+  found: bool,
+}
+
+// The launch has an upper bound of tiles: each finds its own by walking over the experts, so that nothing is read back.
+fn find_tile(tile: u32, pairs_per_tile: u32) -> SegmentTile {
+  var before = 0u;
+  for (var expert = 0u; expert < params.experts; expert++) {
+    let start = offsets[expert];
+    let end = offsets[expert + 1u];
+    let tiles = (end - start + pairs_per_tile - 1u) / pairs_per_tile;
+    if (tile < before + tiles) { return SegmentTile(expert, start + (tile - before) * pairs_per_tile, end, true); }
+    before += tiles;
+  }
+  return SegmentTile(0u, 0u, 0u, false);
+}
+
+fn x_element(index: u32, inside: bool) -> f32 {
+  if (!inside) { return 0.0; }
+  return x[index >> 2u][index & 3u];
+}
+
+fn weight_element(index: u32, inside: bool) -> f32 {
+  if (!inside) { return 0.0; }
+  return weight[index >> 2u][index & 3u];
+}
+
+// Elements i..i+4 of a row of x.
+fn x_block(row: u32, i: u32) -> vec4<f32> {
+  let at = row * params.in + i;
+  if (ALIGNED) { return x[at >> 2u]; }
+  let left = params.in - i;
+  return vec4(x_element(at, true), x_element(at + 1u, left > 1u), x_element(at + 2u, left > 2u), x_element(at + 3u, left > 3u));
+}
+
+// Elements j..j+4 of a stored row of a matrix, the row being width wide.
+fn weight_block(base: u32, row: u32, j: u32, width: u32, inside: bool) -> vec4<f32> {
+  let at = base + row * width + j;
+  if (ALIGNED) { return weight[at >> 2u]; }
+  return vec4(weight_element(at, inside), weight_element(at + 1u, inside && j + 1u < width),
+    weight_element(at + 2u, inside && j + 2u < width), weight_element(at + 3u, inside && j + 3u < width));
+}
+
+fn store(pair: u32, out: u32, inside: bool, value: vec4<f32>) {
+  if (!inside) { return; }
+  let at = pair * params.out + out;
+  let left = params.out - out;
+  z[at] = value.x;
+  if (left > 1u) { z[at + 1u] = value.y; }
+  if (left > 2u) { z[at + 2u] = value.z; }
+  if (left > 3u) { z[at + 3u] = value.w; }
+}
+
+@compute @workgroup_size(LANES_OUT, LANES_PAIRS)
+fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
+  let group = workgroup.y * params.groups_per_row + workgroup.x;
+  let tile = find_tile(group / params.out_groups, LANES_PAIRS * 4u);
+  let out = ((group % params.out_groups) * LANES_OUT + local.x) * 4u;
+  let place = tile.first + local.y * 4u;
+  if (!tile.found || out >= params.out || place >= tile.end) { return; }
+
+  let last = tile.end - 1u;
+  let p0 = order[place];
+  let p1 = order[min(place + 1u, last)];
+  let p2 = order[min(place + 2u, last)];
+  let p3 = order[min(place + 3u, last)];
+  let x0 = p0 / params.share;
+  let x1 = p1 / params.share;
+  let x2 = p2 / params.share;
+  let x3 = p3 / params.share;
+  let base = tile.expert * params.out * params.in;
+  let last_out = params.out - 1u;
+  let o1 = min(out + 1u, last_out);
+  let o2 = min(out + 2u, last_out);
+  let o3 = min(out + 3u, last_out);
+
+  var z0 = vec4(0.0);
+  var z1 = vec4(0.0);
+  var z2 = vec4(0.0);
+  var z3 = vec4(0.0);
+  for (var i = 0u; i < params.in; i += 4u) {
+    // four rows along in, each four outputs wide
+    var w: mat4x4<f32>;
+    if (OUT_IN) {
+      w = transpose(mat4x4(weight_block(base, out, i, params.in, true), weight_block(base, o1, i, params.in, true),
+        weight_block(base, o2, i, params.in, true), weight_block(base, o3, i, params.in, true)));
+    } else {
+      w = mat4x4(weight_block(base, i, out, params.out, true), weight_block(base, i + 1u, out, params.out, i + 1u < params.in),
+        weight_block(base, i + 2u, out, params.out, i + 2u < params.in),
+        weight_block(base, i + 3u, out, params.out, i + 3u < params.in));
+    }
+    z0 += w * x_block(x0, i);
+    z1 += w * x_block(x1, i);
+    z2 += w * x_block(x2, i);
+    z3 += w * x_block(x3, i);
+  }
+  store(p0, out, true, z0);
+  store(p1, out, place + 1u < tile.end, z1);
+  store(p2, out, place + 2u < tile.end, z2);
+  store(p3, out, place + 3u < tile.end, z3);
+}

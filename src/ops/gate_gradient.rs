@@ -1,0 +1,65 @@
+//! The gradient of a gated expand in rank space: `dz = s g v` and `dg = s <v, z>`, with `v = Wᵀ dy`.
+
+use crate::device::{Capabilities, Launch, Launches, Slot};
+use crate::error::Result;
+use crate::host_reference;
+use crate::ops::{HostIo, LaunchTypes, Op, Real, dims_f32, expect_count, expect_f32, shader};
+use crate::tensor::TensorType;
+
+const WORKGROUP: usize = 64;
+
+/// Inputs: v `[pairs, rank]`, z `[pairs, rank]`, gates (one a pair). Outputs: dz `[pairs, rank]`, d_gates `[pairs]`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GateGradient {
+    pub(crate) scale: f32,
+}
+
+impl GateGradient {
+    fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
+        let rank = io.input_type(0)?.shape.last();
+        let (v, z, gates) = (io.floats(0)?, io.floats(1)?, io.floats(2)?);
+        let (dz, d_gates) = (io.floats_out(0)?, io.floats_out(1)?);
+        let scale = R::of(f64::from(self.scale));
+        for (pair, (dz, d_gate)) in dz.chunks_mut(rank).zip(d_gates).enumerate() {
+            let row = pair * rank..(pair + 1) * rank;
+            *d_gate = scale * v[row.clone()].iter().zip(&z[row.clone()]).map(|(&v, &z)| v * z).sum::<R>();
+            for (dz, &v) in dz.iter_mut().zip(&v[row]) {
+                *dz = scale * gates[pair] * v;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Op for GateGradient {
+    fn name(&self) -> &'static str {
+        "gate_gradient"
+    }
+
+    fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
+        expect_count(self.name(), inputs, 3)?;
+        let [pairs, rank] = dims_f32(self.name(), "v", &inputs[0])?;
+        expect_f32(self.name(), "the latents", &inputs[1], &[pairs, rank])?;
+        if inputs[2].elements() != pairs {
+            return Err(crate::Error::shape(self.name(), format!("the gates are {} for {pairs} pairs", inputs[2])));
+        }
+        Ok(vec![inputs[0].clone(), TensorType::f32([pairs])])
+    }
+
+    fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
+        let [pairs, rank] = dims_f32(self.name(), "v", &io.inputs[0])?;
+        let launch = Launch::new(shader!("gate_gradient"), "forward")
+            .read(1, Slot::Input(0))
+            .read(2, Slot::Input(1))
+            .read(3, Slot::Input(2))
+            .write(4, Slot::Output(0))
+            .write(5, Slot::Output(1))
+            .param(pairs)
+            .param(rank)
+            .param(self.scale)
+            .folded(pairs.div_ceil(WORKGROUP), capabilities)?;
+        Ok(launch.into())
+    }
+
+    host_reference!();
+}

@@ -1,0 +1,122 @@
+//! What the grouped operations share: expert weights, the pairs sorted by expert, and their halves on the host.
+
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::graph::Value;
+use crate::ops::host_gemm::{Matrix, gemm};
+use crate::ops::{Real, Routed, expect_i32};
+use crate::tensor::{DType, TensorType};
+
+/// How the matrices of the experts are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Layout {
+    /// `[experts, out, in]`, as the weights of linear layers are.
+    OutIn,
+    /// `[experts, in, out]`.
+    InOut,
+}
+
+impl Layout {
+    pub(crate) fn flipped(self) -> Self {
+        match self {
+            Self::OutIn => Self::InOut,
+            Self::InOut => Self::OutIn,
+        }
+    }
+}
+
+/// Which expert each row belongs to, and the rows sorted by expert: what grouped operations gather through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segments {
+    /// `i32 [pairs]` or `[tokens, top_k]`: the expert of each pair.
+    pub experts: Value,
+    /// `i32 [pairs]`: the pairs sorted by expert.
+    pub order: Value,
+    /// `i32 [experts + 1]`: where each expert's pairs start in `order`.
+    pub offsets: Value,
+}
+
+impl From<Routed> for Segments {
+    fn from(routed: Routed) -> Self {
+        Self { experts: routed.experts, order: routed.pairs.order, offsets: routed.pairs.offsets }
+    }
+}
+
+/// The extents of `[experts, ...]` weights as (experts, out, in).
+pub(crate) fn weight_sizes(op: &'static str, weight: &TensorType, layout: Layout) -> Result<(usize, usize, usize)> {
+    match *weight.dims() {
+        [experts, a, b] if weight.dtype == DType::F32 => {
+            let (out, input) = if layout == Layout::OutIn { (a, b) } else { (b, a) };
+            Ok((experts, out, input))
+        }
+        _ => Err(Error::shape(op, format!("the weights are {weight}, expected f32 [experts, rows, columns]"))),
+    }
+}
+
+/// Checks the sorted pairs of an operation on `experts` experts and returns how many pairs there are.
+pub(crate) fn expect_segments(
+    op: &'static str,
+    order: &TensorType,
+    offsets: &TensorType,
+    experts: usize,
+) -> Result<usize> {
+    expect_i32(op, "the offsets", offsets, &[experts + 1])?;
+    let pairs = order.elements();
+    expect_i32(op, "the order", order, &[pairs])?;
+    Ok(pairs)
+}
+
+/// How many pairs share a row: `rows * share == pairs`.
+pub(crate) fn row_share(op: &'static str, name: &str, rows: usize, pairs: usize) -> Result<usize> {
+    if rows > 0 && pairs.is_multiple_of(rows) {
+        Ok(pairs / rows)
+    } else {
+        Err(Error::shape(op, format!("{name} has {rows} rows, which do not divide {pairs} pairs")))
+    }
+}
+
+/// The pairs of each expert on the host.
+pub(crate) fn host_segments<'a>(order: &'a [i32], offsets: &[i32]) -> Vec<&'a [i32]> {
+    offsets.windows(2).map(|ends| &order[ends[0] as usize..ends[1] as usize]).collect()
+}
+
+/// Rows of `x` (`width` wide) for the pairs of a segment, `share` pairs to a row, each times its factor.
+pub(crate) fn gather<R: Real>(x: &[R], width: usize, pairs: &[i32], share: usize, factor: impl Fn(usize) -> R) -> Vec<R> {
+    let mut rows = Vec::with_capacity(pairs.len() * width);
+    for &pair in pairs {
+        let row = pair as usize / share;
+        let factor = factor(pair as usize);
+        rows.extend(x[row * width..(row + 1) * width].iter().map(|&x| x * factor));
+    }
+    rows
+}
+
+/// For each expert, its gathered rows `[pairs, in]` times its matrix: `[pairs, out]`.
+pub(crate) fn products<R: Real>(
+    segments: &[&[i32]],
+    weight: &[R],
+    (out, input): (usize, usize),
+    layout: Layout,
+    rows: impl Fn(&[i32]) -> Vec<R> + Sync,
+) -> Vec<Vec<R>> {
+    segments
+        .par_iter()
+        .enumerate()
+        .map(|(expert, pairs)| {
+            if pairs.is_empty() {
+                return Vec::new();
+            }
+            let weight = &weight[expert * out * input..(expert + 1) * out * input];
+            // x W^T for W stored [out, in], x W for W stored [in, out].
+            let weight = match layout {
+                Layout::OutIn => Matrix::new(weight, out, input).transposed_if(true),
+                Layout::InOut => Matrix::new(weight, input, out),
+            };
+            let rows = rows(pairs);
+            let mut product = vec![R::zero(); pairs.len() * out];
+            gemm(&mut product, Matrix::new(&rows, pairs.len(), input), weight, R::one(), false, false);
+            product
+        })
+        .collect()
+}

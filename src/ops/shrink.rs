@@ -1,0 +1,138 @@
+//! Grouped shrink: each (token, slot) pair's row times the matrix of the pair's expert, `z[p] = W[e(p)] x[p / share]`.
+
+use crate::device::{Capabilities, Launch, Launches, Slot};
+use crate::error::Result;
+use crate::graph::{Backward, Graph, Value};
+use crate::host_reference;
+use crate::ops::expand::Expand;
+use crate::ops::segment_outer::SegmentOuter;
+use crate::ops::segments::{expect_segments, gather, host_segments, products, row_share, weight_sizes};
+use crate::ops::{HostIo, Layout, LaunchTypes, Op, Real, Segments, dims_f32, expect_count, shader};
+use crate::tensor::TensorType;
+
+/// Pairs and outputs that one invocation computes, as in `shaders/shrink.wgsl`.
+const TILE: usize = 4;
+const WORKGROUP: usize = 64;
+
+/// Inputs: x `[rows, in]`, weight, experts, order, offsets.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shrink {
+    pub(crate) layout: Layout,
+}
+
+impl Graph {
+    /// `z[p] = W[e(p)] x[p / share]`: `x` is `[rows, in]`, `weight` holds one matrix an expert, the result is `[pairs, out]`. With
+    /// fewer rows than pairs, `share = pairs / rows` neighbouring pairs (the slots of a token) use one row. No row is copied.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if the shapes do not fit.
+    pub fn shrink(&mut self, x: Value, weight: Value, layout: Layout, segments: Segments) -> Result<Value> {
+        self.apply1(Shrink { layout }, &[x, weight, segments.experts, segments.order, segments.offsets])
+    }
+}
+
+/// Sizes of a grouped product.
+struct Sizes {
+    pairs: usize,
+    share: usize,
+    experts: usize,
+    out: usize,
+    input: usize,
+}
+
+impl Shrink {
+    fn sizes(&self, inputs: &[TensorType]) -> Result<Sizes> {
+        let name = self.name();
+        let [rows, width] = dims_f32(name, "the operand", &inputs[0])?;
+        let (experts, out, input) = weight_sizes(name, &inputs[1], self.layout)?;
+        let pairs = expect_segments(name, &inputs[3], &inputs[4], experts)?;
+        if inputs[2].elements() != pairs || width != input {
+            return Err(crate::Error::shape(
+                name,
+                format!("{} rows, {} weights and {} experts do not fit", inputs[0], inputs[1], inputs[2]),
+            ));
+        }
+        let share = row_share(name, "the operand", rows, pairs)?;
+        Ok(Sizes { pairs, share, experts, out, input })
+    }
+
+    fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
+        let types: Vec<TensorType> = (0..5).map(|i| io.input_type(i).cloned()).collect::<Result<_>>()?;
+        let Sizes { share, out, input, .. } = self.sizes(&types)?;
+        let (x, weight, order, offsets) = (io.floats(0)?, io.floats(1)?, io.ints(3)?, io.ints(4)?);
+        let segments = host_segments(order, offsets);
+        let rows = |pairs: &[i32]| gather(x, input, pairs, share, |_| R::one());
+        let parts = products(&segments, weight, (out, input), self.layout, rows);
+        let z = io.floats_out(0)?;
+        for (pairs, part) in segments.iter().zip(&parts) {
+            for (&pair, row) in pairs.iter().zip(part.chunks(out)) {
+                z[pair as usize * out..][..out].copy_from_slice(row);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Op for Shrink {
+    fn name(&self) -> &'static str {
+        "shrink"
+    }
+
+    fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
+        expect_count(self.name(), inputs, 5)?;
+        let Sizes { pairs, out, .. } = self.sizes(inputs)?;
+        Ok(vec![TensorType::f32([pairs, out])])
+    }
+
+    fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
+        let Some(dz) = context.gradient(0) else { return Ok(()) };
+        let [x, weight, experts, order, offsets] = [0, 1, 2, 3, 4].map(|input| context.input(input));
+        if context.wants(0) {
+            let rows = context.graph.ty(x)?.shape.rows();
+            let pairs = context.graph.ty(dz)?.shape.rows();
+            let by_row = context.graph.reshape(experts, [rows, pairs / rows])?;
+            let layout = self.layout.flipped();
+            context.accumulate(0, |graph, base| {
+                let op = Expand { layout, scale: 1.0, gated: false, accumulate: base.is_some() };
+                let inputs = [dz, weight, by_row, order, offsets];
+                graph.apply1(op, &inputs.into_iter().chain(base).collect::<Vec<_>>())
+            })?;
+        }
+        if context.wants(1) {
+            let (left, right) = if self.layout == Layout::OutIn { (dz, x) } else { (x, dz) };
+            let gradient = context.graph.apply1(SegmentOuter { scale: 1.0, gated: false }, &[left, right, order, offsets])?;
+            context.add(1, gradient)?;
+        }
+        Ok(())
+    }
+
+    fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
+        let Sizes { pairs, share, experts, out, input } = self.sizes(io.inputs)?;
+        let lanes_out = out.div_ceil(TILE).next_power_of_two().min(8);
+        let lanes_pairs = (WORKGROUP / lanes_out).min(pairs.div_ceil(TILE).next_power_of_two());
+        // Every expert's last tile may be partly empty: at most one more tile an expert.
+        let tiles = pairs.div_ceil(lanes_pairs * TILE) + experts.min(pairs);
+        let out_groups = out.div_ceil(lanes_out * TILE);
+        let weight_row = if self.layout == Layout::OutIn { input } else { out };
+        let aligned = input % 4 == 0 && weight_row % 4 == 0;
+        let launch = Launch::new(shader!("shrink"), "forward")
+            .constant("LANES_OUT", lanes_out as f64)
+            .constant("LANES_PAIRS", lanes_pairs as f64)
+            .constant("OUT_IN", self.layout == Layout::OutIn)
+            .constant("ALIGNED", aligned)
+            .read(1, Slot::Input(0))
+            .read(2, Slot::Input(1))
+            .read(3, Slot::Input(3))
+            .read(4, Slot::Input(4))
+            .write(5, Slot::Output(0))
+            .param(experts)
+            .param(out)
+            .param(input)
+            .param(share)
+            .param(out_groups)
+            .folded(tiles * out_groups, capabilities)?;
+        Ok(launch.into())
+    }
+
+    host_reference!();
+}
