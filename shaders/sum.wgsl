@@ -22,8 +22,6 @@ struct Params {
 @group(0) @binding(1) var<storage, read> x: array<f32>;
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;
 
-var<workgroup> partial: array<f32, WORKGROUP>;
-
 @compute @workgroup_size(WORKGROUP)
 fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
   let group = workgroup.y * params.groups_per_row + workgroup.x;
@@ -38,12 +36,8 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
   for (var term = chunk * per_chunk + local; term < end; term += WORKGROUP) {
     sum += x[(outer * params.terms + term) * params.inner + inner];
   }
-  partial[local] = sum;
-  for (var half = WORKGROUP / 2u; half > 0u; half /= 2u) {
-    workgroupBarrier();
-    if (local < half) { partial[local] += partial[local + half]; }
-  }
-  if (local == 0u) { y[group] = partial[0]; }
+  let all = workgroup_sum(sum, local);
+  if (local == 0u) { y[group] = all; }
 }
 
 @compute @workgroup_size(WORKGROUP)

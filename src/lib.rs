@@ -2,9 +2,13 @@
 
 pub mod device;
 mod error;
+pub mod formats;
+pub mod golden;
 pub mod graph;
+pub mod layers;
 pub mod ops;
 mod tensor;
+pub mod train;
 
 pub use device::{Device, DeviceOptions};
 pub use error::{Error, Result};

@@ -165,14 +165,6 @@ impl ParameterStore {
         }
         Ok(entry.storage)
     }
-
-    pub(crate) fn is_on(&self, device: &Device) -> bool {
-        match (self.device.kind(), device.kind()) {
-            (Kind::Gpu(a), Kind::Gpu(b)) => Arc::ptr_eq(a, b),
-            (Kind::Host { precision: a, .. }, Kind::Host { precision: b, .. }) => a == b,
-            _ => false,
-        }
-    }
 }
 
 /// A parameter's first value.

@@ -45,6 +45,12 @@ impl Real for f64 {
     }
 }
 
+/// The maximum of a row, and the sum of the exponentials of its elements less the maximum.
+pub(crate) fn max_and_sum<R: Real>(row: &[R]) -> (R, R) {
+    let max = row.iter().copied().fold(R::neg_infinity(), R::max);
+    (max, row.iter().map(|&x| (x - max).exp()).sum())
+}
+
 /// Host memory of one value: 64-bit words, so that it can hold elements of any type.
 pub(crate) type HostBuffer = Vec<u64>;
 

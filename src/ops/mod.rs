@@ -2,26 +2,42 @@
 //! one file of the same name in `shaders/`.
 
 mod accumulate;
+mod adamw;
+mod balance_loss;
 mod binary;
+mod cross_entropy;
+mod embedding;
 mod expand;
 mod gate_gradient;
+mod gradient_norm;
 mod host;
 mod host_gemm;
 mod matmul;
 mod reshape;
+mod rms_norm;
+mod rotate_cayley;
+mod rotate_givens;
+mod rotate_planes;
+mod rotation;
 mod route;
 mod segment_outer;
 mod segments;
 mod shrink;
+mod silu;
 mod sort;
 mod sum;
 mod unary;
+mod z_loss;
 
 use std::fmt;
 
+pub use adamw::AdamWConstants;
+pub use balance_loss::BalanceLoss;
+pub use cross_entropy::IGNORED_LABEL;
 pub(crate) use host::HostBuffer;
 pub use host::{HostIo, Real};
 pub use matmul::MatMul;
+pub use rotation::Rotation;
 pub use route::Routed;
 pub use segments::{Layout, Segments};
 pub use sort::Sorted;
@@ -155,6 +171,15 @@ macro_rules! shader {
     };
 }
 pub(crate) use shader;
+
+/// The invocations of a workgroup that reduces a whole tensor by itself.
+pub(crate) const TOTAL_WORKGROUP: u32 = 256;
+
+/// The invocations of a workgroup that reduces one row of so many elements: a power of two. The bound depends on the length
+/// alone, so that the order of the additions does too.
+pub(crate) fn row_workgroup(length: usize) -> u32 {
+    if length > 1024 { 256 } else { 64 }
+}
 
 /// How many operands an operation takes.
 pub(crate) fn expect_count(op: &'static str, inputs: &[TensorType], count: usize) -> Result<()> {

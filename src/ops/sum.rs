@@ -148,7 +148,7 @@ impl Op for Sum {
         let sums = self.outer * self.inner;
         let chunks = self.terms.div_ceil(CHUNK);
         let pass = |from: Slot, to: Slot, terms: usize, inner: usize, chunks: usize, outer: usize| {
-            Launch::new(shader!("sum"), "forward")
+            Launch::new(shader!("sum", "reduce"), "forward")
                 .read(1, from)
                 .write(2, to)
                 .param(outer * inner)
@@ -210,7 +210,7 @@ impl Op for Repeat {
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let elements = io.outputs[0].elements();
-        let launch = Launch::new(shader!("sum"), "repeat")
+        let launch = Launch::new(shader!("sum", "reduce"), "repeat")
             .read(1, Slot::Input(0))
             .write(2, Slot::Output(0))
             .param(elements)

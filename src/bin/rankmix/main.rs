@@ -1,1 +1,60 @@
-fn main(){}
+//! The `rankmix` program: what devices there are, whether they compute what they should, and how fast.
+
+mod devices;
+mod replay;
+mod time;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use rankmix::{Device, DeviceOptions, Result};
+
+/// Mixtures of low-rank experts on any GPU.
+#[derive(Debug, Parser)]
+#[command(version, about, arg_required_else_help = true)]
+struct Program {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List the adapters of this machine with their limits and features.
+    Devices,
+    /// Replay golden cases and compare outputs and gradients. Exits with 1 if any fails.
+    Replay(replay::Options),
+    /// Time a layer, forward and forward plus backward.
+    Time(time::Options),
+}
+
+/// Which device a command runs on.
+#[derive(Debug, clap::Args)]
+struct DeviceArguments {
+    /// `cpu`, `vulkan`, `metal`, `dx12`, `gl`, or part of an adapter's name [default: RANKMIX_DEVICE, or the best there is]
+    #[arg(long, value_name = "D")]
+    device: Option<String>,
+    /// Keep bounds checks in the kernels and look for NaN and infinity after every operation.
+    #[arg(long)]
+    checked: bool,
+}
+
+impl DeviceArguments {
+    fn open(&self) -> Result<Device> {
+        Device::open_with(&DeviceOptions { request: self.device.clone(), checked: self.checked })
+    }
+}
+
+fn main() -> ExitCode {
+    let done = match Program::parse().command {
+        Command::Devices => {
+            devices::run();
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Replay(options) => replay::run(&options),
+        Command::Time(options) => time::run(&options),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("rankmix: {error}");
+        ExitCode::from(2)
+    })
+}

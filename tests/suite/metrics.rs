@@ -1,10 +1,4 @@
-//! What the integration tests share: devices, measures of error, and the list of small graphs that every op is tested with.
-
-pub mod case;
-pub mod cases;
-pub mod devices;
-
-use rankmix::Tensor;
+//! Measures of error.
 
 /// ||got - want|| / ||want||, and the largest difference over the largest |want|.
 pub fn relative_errors(got: &[f64], want: &[f64]) -> (f64, f64) {
@@ -22,11 +16,4 @@ pub fn relative_errors(got: &[f64], want: &[f64]) -> (f64, f64) {
         return (f64::INFINITY, f64::INFINITY);
     }
     (ratio(difference, size), ratio(largest_difference, largest))
-}
-
-/// Panics unless `got` is within the tolerance for f32 kernels: 1e-5 in norm, 1e-4 of the largest.
-pub fn assert_close(what: &str, got: &Tensor, want: &Tensor) {
-    assert_eq!(got.shape(), want.shape(), "{what}: shapes differ");
-    let (norm, largest) = relative_errors(&got.to_f64(), &want.to_f64());
-    assert!(norm <= 1e-5 && largest <= 1e-4, "{what}: relative error {norm:.2e} in norm, {largest:.2e} of the largest");
 }

@@ -1,11 +1,13 @@
 //! Every device against the f64 reference, on every case: results and gradients, checked and trusted.
 
-mod support;
+use std::sync::Arc;
 
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::{Failed, Trial};
 use rankmix::{DType, Device};
-use support::case::Case;
-use support::{cases, devices, relative_errors};
+
+use crate::case::Case;
+use crate::metrics::relative_errors;
+use crate::{cases, devices};
 
 fn check(case: &Case, device: &Device) -> Result<(), Failed> {
     let want = case.compile(&Device::reference())?.run()?;
@@ -30,16 +32,13 @@ fn check(case: &Case, device: &Device) -> Result<(), Failed> {
     Ok(())
 }
 
-fn main() {
+pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
-    for (label, device) in devices::all() {
-        for case in cases::all() {
-            let name = format!("{label}::{}", case.name);
-            trials.push(match device.clone() {
-                Some(device) => Trial::test(name, move || check(&case, &device)),
-                None => Trial::test(name, || Ok(())).with_ignored_flag(true),
-            });
-        }
+    for case in cases::all().into_iter().map(Arc::new) {
+        trials.extend(devices::trials(&format!("parity::{}", case.name), {
+            let case = Arc::clone(&case);
+            move |device| check(&case, device)
+        }));
     }
-    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+    trials
 }

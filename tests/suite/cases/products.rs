@@ -2,7 +2,7 @@
 
 use rankmix::ops::MatMul;
 
-use super::super::case::{Case, floats};
+use crate::case::{Case, floats};
 
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();

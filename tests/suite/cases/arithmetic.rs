@@ -1,6 +1,6 @@
 //! Element-wise arithmetic, broadcasting, sums.
 
-use super::super::case::{Case, floats, floats_in};
+use crate::case::{Case, floats, floats_in};
 
 pub fn cases() -> Vec<Case> {
     let mut cases = vec![

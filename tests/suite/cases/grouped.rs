@@ -3,7 +3,7 @@
 use rankmix::ops::{Layout, Routed, Segments};
 use rankmix::{Graph, Result, Tensor, Value};
 
-use super::super::case::{Case, floats, floats_in, ints};
+use crate::case::{Case, floats, floats_in, ints};
 
 /// How tokens spread over experts.
 #[derive(Clone, Copy, Debug)]

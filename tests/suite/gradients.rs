@@ -1,11 +1,11 @@
 //! The gradient of every operation against central differences, in f64 on the reference, in the middle of a graph.
 
-mod support;
-
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::{Failed, Trial};
 use rankmix::{DType, Device, Tensor};
-use support::case::Case;
-use support::{cases, relative_errors};
+
+use crate::case::Case;
+use crate::cases;
+use crate::metrics::relative_errors;
 
 /// The step of the differences: the error of their formula is its square, that of rounding 1e-16 over it.
 const STEP: f64 = 1e-5;
@@ -36,11 +36,10 @@ fn check(case: &Case) -> Result<(), Failed> {
     Ok(())
 }
 
-fn main() {
-    let trials = cases::all()
+pub fn trials() -> Vec<Trial> {
+    cases::all()
         .into_iter()
         .filter(|case| case.differentiable)
-        .map(|case| Trial::test(case.name.clone(), move || check(&case)))
-        .collect();
-    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+        .map(|case| Trial::test(format!("gradients::{}", case.name), move || check(&case)))
+        .collect()
 }

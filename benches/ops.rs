@@ -1,0 +1,169 @@
+//! Every operation, GPU against the CPU executor. `cargo bench --bench ops -- matmul` runs a part.
+
+mod support;
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use rankmix::ops::{Layout, Rotation, Segments};
+use rankmix::{Graph, Result, TensorType, Value};
+
+type Build = Box<dyn Fn(&mut Graph, &[Value]) -> Result<Vec<Value>>>;
+
+/// An operation to time: what it is called, its size in words, its inputs, and how much it does.
+struct Bench {
+    op: &'static str,
+    size: &'static str,
+    inputs: Vec<TensorType>,
+    /// Integer inputs lie below this.
+    limit: usize,
+    work: Throughput,
+    build: Build,
+}
+
+fn f(dims: &[usize]) -> TensorType {
+    TensorType::f32(dims)
+}
+
+fn i(dims: &[usize]) -> TensorType {
+    TensorType::i32(dims)
+}
+
+/// Adds the gradient with respect to the first input, so that the backward kernels are timed too.
+fn with_gradient(build: impl Fn(&mut Graph, &[Value]) -> Result<Value> + 'static) -> Build {
+    Box::new(move |graph, inputs| {
+        let output = build(graph, inputs)?;
+        let upstream = *inputs.last().unwrap_or(&output);
+        let gradients = graph.gradients_from(&[(output, upstream)], &inputs[..1])?;
+        Ok(vec![output, gradients[0]])
+    })
+}
+
+fn forward(build: impl Fn(&mut Graph, &[Value]) -> Result<Value> + 'static) -> Build {
+    Box::new(move |graph, inputs| Ok(vec![build(graph, inputs)?]))
+}
+
+fn segments(graph: &mut Graph, experts: Value, count: usize) -> Result<Segments> {
+    let sorted = graph.sort_by_key(experts, count)?;
+    Ok(Segments { experts, order: sorted.order, offsets: sorted.offsets })
+}
+
+fn benches() -> Vec<Bench> {
+    const T: usize = 512;
+    const D: usize = 1024;
+    let elements = |count: usize| Throughput::Elements(count as u64);
+    let flop = |count: usize| Throughput::Elements(count as u64);
+    let rotate = |rotation: Rotation, numbers: usize| Bench {
+        op: rotation.name(),
+        size: "1024x16_forward_backward",
+        inputs: vec![f(&[1024, 16]), f(&[1024, numbers]), f(&[1024, 16])],
+        limit: 1,
+        work: elements(1024 * 16),
+        build: with_gradient(move |g, v| g.rotate(rotation, v[0], v[1])),
+    };
+    vec![
+        Bench {
+            op: "matmul_nt",
+            size: "512x1024x1024_flop",
+            inputs: vec![f(&[T, D]), f(&[D, D])],
+            limit: 1,
+            work: flop(2 * T * D * D),
+            build: forward(|g, v| g.matmul_nt(v[0], v[1])),
+        },
+        Bench {
+            op: "matmul_nn",
+            size: "512x1024x1024_flop",
+            inputs: vec![f(&[T, D]), f(&[D, D])],
+            limit: 1,
+            work: flop(2 * T * D * D),
+            build: forward(|g, v| g.matmul(v[0], v[1])),
+        },
+        Bench {
+            op: "add",
+            size: "1048576",
+            inputs: vec![f(&[1 << 20]), f(&[1 << 20])],
+            limit: 1,
+            work: elements(1 << 20),
+            build: forward(|g, v| g.add(v[0], v[1])),
+        },
+        Bench {
+            op: "sum",
+            size: "1024x1024_rows",
+            inputs: vec![f(&[D, D])],
+            limit: 1,
+            work: elements(D * D),
+            build: forward(|g, v| g.sum(v[0], &[1])),
+        },
+        Bench {
+            op: "silu",
+            size: "1048576_forward_backward",
+            inputs: vec![f(&[1 << 20]), f(&[1 << 20])],
+            limit: 1,
+            work: elements(1 << 20),
+            build: with_gradient(|g, v| g.silu(v[0])),
+        },
+        Bench {
+            op: "rms_norm",
+            size: "512x1024_forward_backward",
+            inputs: vec![f(&[T, D]), f(&[D]), f(&[T, D])],
+            limit: 1,
+            work: elements(T * D),
+            build: with_gradient(|g, v| g.rms_norm(v[0], v[1], 1e-5)),
+        },
+        Bench {
+            op: "route_and_sort",
+            size: "4096x64_top8",
+            inputs: vec![f(&[4096, 64])],
+            limit: 1,
+            work: elements(4096 * 8),
+            build: Box::new(|g, v| {
+                let routed = g.route(v[0], 8, true)?;
+                Ok(vec![routed.gates, routed.pairs.order])
+            }),
+        },
+        Bench {
+            op: "shrink",
+            size: "1024pairs_8experts_1024to16_flop",
+            inputs: vec![f(&[T, D]), f(&[8, 16, D]), i(&[T, 2])],
+            limit: 8,
+            work: flop(2 * 2 * T * D * 16),
+            build: forward(|g, v| {
+                let segments = segments(g, v[2], 8)?;
+                g.shrink(v[0], v[1], Layout::OutIn, segments)
+            }),
+        },
+        Bench {
+            op: "cross_entropy",
+            size: "512x1024",
+            inputs: vec![f(&[T, D]), i(&[T])],
+            limit: D,
+            work: elements(T * D),
+            build: forward(|g, v| g.cross_entropy(v[0], v[1])),
+        },
+        Bench {
+            op: "embedding",
+            size: "4096rows_of_256_forward_backward",
+            inputs: vec![f(&[256, 64]), i(&[4096]), f(&[4096, 64])],
+            limit: 256,
+            work: elements(4096 * 64),
+            build: with_gradient(|g, v| g.embedding(v[0], v[1])),
+        },
+        rotate(Rotation::Planes, 8),
+        rotate(Rotation::Givens, 120),
+        rotate(Rotation::Cayley, 120),
+    ]
+}
+
+fn run(criterion: &mut Criterion) {
+    let devices = support::devices();
+    for bench in benches() {
+        let mut group = criterion.benchmark_group(bench.op);
+        group.throughput(bench.work.clone()).sample_size(20);
+        for (label, device) in &devices {
+            let session = support::session(device, &bench.inputs, bench.limit, &bench.build).expect("the bench's graph compiles");
+            support::time(&mut group, label, bench.size, session);
+        }
+        group.finish();
+    }
+}
+
+criterion_group!(ops, run);
+criterion_main!(ops);

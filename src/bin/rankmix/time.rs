@@ -1,0 +1,182 @@
+//! `rankmix time`.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use rankmix::layers::{AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, RouterOptions};
+use rankmix::ops::Rotation;
+use rankmix::{Device, Error, Graph, ParameterStore, Result, Session, Tensor, TensorType, Value};
+use serde::Serialize;
+
+use crate::DeviceArguments;
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Layer {
+    Lora,
+    #[value(name = "moe_lora")]
+    MoeLora,
+    Rotmole,
+}
+
+/// The layer's sizes.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    device: DeviceArguments,
+    /// The layer.
+    #[arg(long, value_enum, default_value = "rotmole")]
+    layer: Layer,
+    /// Tokens (rows of the input).
+    #[arg(long, default_value_t = 512)]
+    tokens: usize,
+    /// Width of the input.
+    #[arg(long, default_value_t = 1024)]
+    d_in: usize,
+    /// Width of the output.
+    #[arg(long, default_value_t = 1024)]
+    d_out: usize,
+    /// Rank of the adapter.
+    #[arg(long, default_value_t = 16)]
+    rank: usize,
+    /// Experts.
+    #[arg(long, default_value_t = 8)]
+    experts: usize,
+    /// Experts a token takes.
+    #[arg(long, default_value_t = 2)]
+    top_k: usize,
+    /// `planes`, `givens` or `cayley`.
+    #[arg(long, default_value = "planes")]
+    rotation: Rotation,
+    /// Let the rotation gate look at the latent instead of the input.
+    #[arg(long)]
+    gate_on_latent: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Timing {
+    layer: String,
+    device: String,
+    forward_seconds: f64,
+    step_seconds: f64,
+    peak_bytes: u64,
+    launches: u64,
+    submits: u64,
+}
+
+/// At least this many runs are timed, and for at least this long.
+const RUNS: usize = 11;
+const SPAN: Duration = Duration::from_secs(2);
+
+fn layer_output(options: &Options, graph: &mut Graph, x: Value) -> Result<Value> {
+    let base = Linear::new("layer", options.d_in, options.d_out);
+    let adapter = AdapterOptions::new(options.rank, 2.0 * options.rank as f32);
+    let router = RouterOptions::new(options.experts, options.top_k);
+    let gate_input = if options.gate_on_latent { GateInput::Latent } else { GateInput::Input };
+    match options.layer {
+        Layer::Lora => Lora::new(base, adapter)?.forward(graph, x),
+        Layer::MoeLora => Ok(MoeLora::new(base, adapter, router)?.forward(graph, x)?.output),
+        Layer::Rotmole => {
+            let layer = RotMole::with_rotation(base, adapter, router, options.rotation, gate_input)?;
+            Ok(layer.forward(graph, x)?.output)
+        }
+    }
+}
+
+/// Numbers in -1..1 that are all different: timing zeros would flatter some hardware.
+fn ramp(rows: usize, columns: usize) -> Result<Tensor> {
+    let count = rows * columns;
+    Tensor::f32([rows, columns], (0..count).map(|i| (i as f32 * 0.618_034).fract() * 2.0 - 1.0).collect())
+}
+
+/// The median seconds of a run, synchronised.
+fn median_seconds(session: &mut Session) -> Result<f64> {
+    let device = session.device().clone();
+    for _ in 0..2 {
+        session.run()?;
+        device.wait()?;
+    }
+    let begun = Instant::now();
+    let mut seconds = Vec::new();
+    while seconds.len() < RUNS || begun.elapsed() < SPAN {
+        let start = Instant::now();
+        session.run()?;
+        device.wait()?;
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    seconds.sort_by(f64::total_cmp);
+    Ok(seconds[seconds.len() / 2])
+}
+
+fn measure(options: &Options, device: &Device) -> Result<Timing> {
+    let x_type = TensorType::f32([options.tokens, options.d_in]);
+    let store = ParameterStore::new(device);
+    let x_data = ramp(options.tokens, options.d_in)?;
+
+    let mut graph = Graph::new();
+    let x = graph.input("x", x_type.clone())?;
+    let output = layer_output(options, &mut graph, x)?;
+    graph.output(output)?;
+    store.initialize(&graph, 1)?;
+    // B and the rotation gate start at zero; numbers that are not keep every kernel honest.
+    for spec in graph.parameters().iter().filter(|spec| spec.trainable) {
+        let dims = spec.ty.dims();
+        let columns = spec.ty.shape.last();
+        let data = ramp(spec.ty.elements() / columns, columns)?.to_f32().iter().map(|x| 0.05 * x).collect();
+        store.insert(&spec.name, &Tensor::f32(dims, data)?)?;
+    }
+    let mut forward = graph.compile(&store)?;
+    forward.set("x", &x_data)?;
+    let forward_seconds = median_seconds(&mut forward)?;
+    drop(forward);
+
+    let mut graph = Graph::new();
+    let x = graph.input("x", x_type)?;
+    let output = layer_output(options, &mut graph, x)?;
+    let upstream = graph.input("upstream", TensorType::f32([options.tokens, options.d_out]))?;
+    let wanted: Vec<Value> = std::iter::once(x).chain(graph.trainable()).collect();
+    for gradient in graph.gradients_from(&[(output, upstream)], &wanted)? {
+        graph.output(gradient)?;
+    }
+    graph.output(output)?;
+    let mut step = graph.compile(&store)?;
+    step.set("x", &x_data)?;
+    step.set("upstream", &ramp(options.tokens, options.d_out)?)?;
+    let step_seconds = median_seconds(&mut step)?;
+    let before = device.counters();
+    step.run()?;
+    device.wait()?;
+    let after = device.counters();
+    let memory = step.memory();
+    let planned = memory.parameters + memory.inputs + memory.pool;
+    Ok(Timing {
+        layer: options.layer.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default(),
+        device: device.name(),
+        forward_seconds,
+        step_seconds,
+        peak_bytes: if after.peak_bytes > 0 { after.peak_bytes } else { planned },
+        launches: after.launches - before.launches,
+        submits: after.submits - before.submits,
+    })
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let device = options.device.open()?;
+    let timing = measure(options, &device)?;
+    if options.json {
+        let text = serde_json::to_string(&timing)
+            .map_err(|error| Error::Gpu { thing: "writing JSON".to_owned(), reason: error.to_string() })?;
+        println!("{text}");
+    } else {
+        println!("{} on {}", timing.layer, timing.device);
+        println!("  forward             {:.6} s", timing.forward_seconds);
+        println!("  forward + backward  {:.6} s", timing.step_seconds);
+        println!("  peak device memory  {:.2} MiB", timing.peak_bytes as f64 / f64::from(1 << 20));
+        println!("  launches a step     {}", timing.launches);
+        println!("  submits a step      {}", timing.submits);
+    }
+    Ok(ExitCode::SUCCESS)
+}

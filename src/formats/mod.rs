@@ -1,0 +1,5 @@
+//! Files: tensors and parameters in safetensors.
+
+mod safetensors;
+
+pub use self::safetensors::TensorFile;

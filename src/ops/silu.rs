@@ -1,0 +1,115 @@
+//! SiLU (swish), `x * sigmoid(x)`: the activation of gated feed-forward layers.
+
+use crate::device::{Capabilities, Launch, Launches, Slot};
+use crate::error::Result;
+use crate::graph::{Backward, Graph, Value};
+use crate::host_reference;
+use crate::ops::{HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, expect_f32, shader};
+use crate::tensor::{DType, TensorType};
+
+const WORKGROUP: usize = 64;
+
+#[derive(Clone, Copy, Debug)]
+struct Silu;
+
+/// Operands x, dy.
+#[derive(Clone, Copy, Debug)]
+struct SiluBackward;
+
+impl Graph {
+    /// `x * sigmoid(x)`, element by element, for `x` of any shape; does not overflow for large `|x|`
+    /// (Elfwing et al. 2017, arXiv 1702.03118).
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `x` holds integers.
+    pub fn silu(&mut self, x: Value) -> Result<Value> {
+        self.apply1(Silu, &[x])
+    }
+}
+
+/// sigmoid(x) and 1 - sigmoid(x), without cancellation and from the exponential of a number that is not positive.
+fn sigmoids<R: Real>(x: R) -> (R, R) {
+    let e = (-x.abs()).exp();
+    let (large, small) = (R::one() / (R::one() + e), e / (R::one() + e));
+    if x >= R::zero() { (large, small) } else { (small, large) }
+}
+
+impl Silu {
+    #[expect(clippy::unused_self, reason = "called through host_reference")]
+    fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
+        let x = io.floats(0)?;
+        for (y, &x) in io.floats_out(0)?.iter_mut().zip(x) {
+            *y = x * sigmoids(x).0;
+        }
+        Ok(())
+    }
+}
+
+impl Op for Silu {
+    fn name(&self) -> &'static str {
+        "silu"
+    }
+
+    fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
+        expect_count(self.name(), inputs, 1)?;
+        expect_dtype(self.name(), "the operand", &inputs[0], DType::F32)?;
+        Ok(vec![inputs[0].clone()])
+    }
+
+    fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
+        let Some(dy) = context.gradient(0) else { return Ok(()) };
+        let x = context.input(0);
+        let dx = context.graph.apply1(SiluBackward, &[x, dy])?;
+        context.add(0, dx)
+    }
+
+    fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
+        let elements = io.outputs[0].elements();
+        let launch = Launch::new(shader!("silu"), "forward")
+            .read(1, Slot::Input(0))
+            .write(3, Slot::Output(0))
+            .param(elements)
+            .folded(elements.div_ceil(4 * WORKGROUP), capabilities)?;
+        Ok(launch.into())
+    }
+
+    host_reference!();
+}
+
+impl SiluBackward {
+    #[expect(clippy::unused_self, reason = "called through host_reference")]
+    fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
+        let (x, dy) = (io.floats(0)?, io.floats(1)?);
+        for ((dx, &x), &dy) in io.floats_out(0)?.iter_mut().zip(x).zip(dy) {
+            let (s, one_minus_s) = sigmoids(x);
+            *dx = dy * (s * (R::one() + x * one_minus_s));
+        }
+        Ok(())
+    }
+}
+
+impl Op for SiluBackward {
+    fn name(&self) -> &'static str {
+        "silu_backward"
+    }
+
+    fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
+        expect_count(self.name(), inputs, 2)?;
+        expect_dtype(self.name(), "x", &inputs[0], DType::F32)?;
+        expect_f32(self.name(), "dy", &inputs[1], inputs[0].dims())?;
+        Ok(vec![inputs[0].clone()])
+    }
+
+    fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
+        let elements = io.outputs[0].elements();
+        let launch = Launch::new(shader!("silu"), "backward")
+            .read(1, Slot::Input(0))
+            .read(2, Slot::Input(1))
+            .write(3, Slot::Output(0))
+            .param(elements)
+            .folded(elements.div_ceil(4 * WORKGROUP), capabilities)?;
+        Ok(launch.into())
+    }
+
+    host_reference!();
+}

@@ -1,0 +1,119 @@
+//! AdamW as part of a graph: the update is recorded with the forward and the backward pass and runs in the same submission.
+
+use crate::error::{Error, Result};
+use crate::graph::{Gradients, Graph, Init, ParameterStore, Session, Source, Value};
+use crate::ops::AdamWConstants;
+use crate::tensor::{Tensor, TensorType};
+
+/// The name of the input through which the learning rate reaches the device.
+const SCHEDULE_INPUT: &str = "adamw.schedule";
+
+/// How to build an AdamW step. The defaults are PyTorch's, without clipping.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AdamW {
+    /// The decay rates and the rest.
+    pub constants: AdamWConstants,
+    /// Scale all gradients together down to this norm where theirs is larger.
+    pub max_norm: Option<f32>,
+}
+
+/// An AdamW step that was added to a graph.
+#[derive(Clone, Debug)]
+pub struct Optimizer {
+    constants: AdamWConstants,
+    schedule: Value,
+    /// `[norm, scale]` of the gradients, before clipping; kept as an output. `None` without clipping.
+    pub norm: Option<Value>,
+    /// Steps done so far.
+    step: u64,
+}
+
+impl AdamW {
+    /// Adds the update of every parameter that has a gradient to the graph. The moments are parameters of the store, named
+    /// `adamw.first.NAME` and `adamw.second.NAME`; they start at zero and are saved with it.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if a constant makes no sense or there is nothing to update.
+    pub fn add_to(&self, graph: &mut Graph, gradients: &Gradients) -> Result<Optimizer> {
+        let AdamWConstants { beta1, beta2, epsilon, weight_decay } = self.constants;
+        for (setting, beta) in [("beta1", beta1), ("beta2", beta2)] {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(Error::setting(setting, beta, "must be at least 0 and less than 1"));
+            }
+        }
+        for (setting, value) in [("epsilon", epsilon), ("weight_decay", weight_decay)] {
+            if !value.is_finite() || value < 0.0 {
+                return Err(Error::setting(setting, value, "must not be negative"));
+            }
+        }
+        if gradients.pairs().is_empty() {
+            return Err(Error::setting("gradients", "none", "no trainable parameter reaches the loss"));
+        }
+        let schedule = graph.input(SCHEDULE_INPUT, TensorType::f32([3]))?;
+        let norm = match self.max_norm {
+            Some(max_norm) => {
+                let all: Vec<Value> = gradients.pairs().iter().map(|&(_, gradient)| gradient).collect();
+                let norm = graph.gradient_norm(&all, max_norm)?;
+                graph.output(norm)?;
+                Some(norm)
+            }
+            None => None,
+        };
+        for &(parameter, gradient) in gradients.pairs() {
+            let Source::Parameter(index) = graph.values[parameter.index as usize].source else {
+                return Err(Error::setting("gradients", graph.describe(parameter), "only parameters can be trained"));
+            };
+            let (name, shape) = (graph.parameters[index].name.clone(), graph.parameters[index].ty.shape.clone());
+            let moment = |which: &str| format!("adamw.{which}.{name}");
+            let first = graph.parameter(&moment("first"), &shape, Init::Zeros, false)?;
+            let second = graph.parameter(&moment("second"), &shape, Init::Zeros, false)?;
+            let gradient = graph.reshape(gradient, &shape)?;
+            graph.adamw_step(parameter, [first, second], gradient, schedule, norm, self.constants)?;
+        }
+        Ok(Optimizer { constants: self.constants, schedule, norm, step: 0 })
+    }
+}
+
+impl Optimizer {
+    /// Sets the learning rate of the next run and counts it as a step. To be called before every run of the session.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the rate is negative or not finite, [`Error::ForeignValue`] if the session is of another graph.
+    pub fn prepare(&mut self, session: &mut Session, learning_rate: f64) -> Result<()> {
+        if !learning_rate.is_finite() || learning_rate < 0.0 {
+            return Err(Error::setting("learning_rate", learning_rate, "must be finite and not negative"));
+        }
+        let step = (self.step + 1) as f64;
+        // In f64: in f32, 1 - beta2^t has no correct digits for the first steps.
+        let correction1 = 1.0 / (1.0 - self.constants.beta1.powf(step));
+        let correction2 = 1.0 / (1.0 - self.constants.beta2.powf(step)).sqrt();
+        session.write(self.schedule, &Tensor::f64([3], vec![learning_rate, correction1, correction2])?)?;
+        self.step += 1;
+        Ok(())
+    }
+
+    /// Steps prepared so far.
+    #[must_use]
+    pub fn steps(&self) -> u64 {
+        self.step
+    }
+
+    /// Goes on from a step, after the store was loaded from a file.
+    pub fn resume_at(&mut self, step: u64) {
+        self.step = step;
+    }
+
+    /// Sets all moments in a store back to zero and the step to 0.
+    ///
+    /// # Errors
+    /// What writing to the store returns.
+    pub fn reset(&mut self, store: &ParameterStore) -> Result<()> {
+        for name in store.names().iter().filter(|name| name.starts_with("adamw.")) {
+            if let Some(ty) = store.ty(name) {
+                store.insert(name, &Tensor::zeros(&ty))?;
+            }
+        }
+        self.step = 0;
+        Ok(())
+    }
+}

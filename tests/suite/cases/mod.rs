@@ -1,0 +1,14 @@
+//! The cases, one file for each family of operations.
+
+mod arithmetic;
+mod grouped;
+mod model_parts;
+mod products;
+mod rotation;
+
+use crate::case::Case;
+
+/// Every case there is.
+pub fn all() -> Vec<Case> {
+    [arithmetic::cases(), products::cases(), grouped::cases(), model_parts::cases(), rotation::cases()].into_iter().flatten().collect()
+}

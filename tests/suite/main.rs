@@ -1,0 +1,19 @@
+//! Everything that is tested on every device there is. A test is named AREA::CASE::DEVICE_MODE; one whose device is not there is
+//! ignored, by name.
+
+mod case;
+mod cases;
+mod devices;
+mod golden;
+mod gradients;
+mod metrics;
+mod parity;
+mod training;
+
+use libtest_mimic::Arguments;
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let trials = [gradients::trials(), parity::trials(), golden::trials(), training::trials()].into_iter().flatten().collect();
+    libtest_mimic::run(&arguments, trials).exit();
+}
