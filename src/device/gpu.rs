@@ -1,7 +1,7 @@
 //! An open GPU: buffers, uploads, readback, and the translation of wgpu's errors into ours.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::device::adapter::AdapterSummary;
 use crate::device::counters::LiveCounters;
@@ -82,6 +82,17 @@ impl Gpu {
         Self { device, queue, summary, checked, pipelines: PipelineCache::default(), counters: Arc::default(), faults }
     }
 
+    /// On GL all calls go through one context: wgpu panics if a thread waits for it longer than 6 seconds, which one long shader
+    /// compilation is enough for. Our own threads wait here instead.
+    fn exclusive(&self) -> Option<MutexGuard<'static, ()>> {
+        static GL: Mutex<()> = Mutex::new(());
+        self.is_gl().then(|| GL.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn is_gl(&self) -> bool {
+        self.summary.backend == "gl"
+    }
+
     /// The error that happened outside a call of ours, if one did.
     pub(crate) fn fault(&self) -> Result<()> {
         if self.faults.lost.load(Ordering::Acquire) {
@@ -97,6 +108,7 @@ impl Gpu {
     /// Runs `action` and turns what wgpu reports of it into an error.
     #[cfg(not(target_arch = "wasm32"))]
     pub(crate) fn scoped<T>(&self, thing: &str, bytes: u64, action: impl FnOnce() -> T) -> Result<T> {
+        let _exclusive = self.exclusive();
         let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
         let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
@@ -161,6 +173,7 @@ impl Gpu {
 
     /// Waits until the device has done all that was submitted.
     pub(crate) fn wait(&self) -> Result<()> {
+        let _exclusive = self.exclusive();
         self.device
             .poll(wgpu::PollType::wait_indefinitely())
             .map_err(|error| Error::DeviceLost { reason: error.to_string() })?;

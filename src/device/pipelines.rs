@@ -94,7 +94,8 @@ impl Gpu {
                 entry_point: Some(launch.entry),
                 compilation_options: wgpu::PipelineCompilationOptions {
                     constants: &launch.constants,
-                    zero_initialize_workgroup_memory: self.checked,
+                    // In GLSL the zeros are written out one by one: 4,096 words take the compiler minutes.
+                    zero_initialize_workgroup_memory: self.checked && !self.is_gl(),
                 },
                 cache: None,
             });
