@@ -158,7 +158,8 @@ fn run(criterion: &mut Criterion) {
         let mut group = criterion.benchmark_group(bench.op);
         group.throughput(bench.work.clone()).sample_size(20);
         for (label, device) in &devices {
-            let session = support::session(device, &bench.inputs, bench.limit, &bench.build).expect("the bench's graph compiles");
+            let session =
+                support::session(device, &bench.inputs, bench.limit, &bench.build).expect("the bench's graph compiles");
             support::time(&mut group, label, bench.size, session);
         }
         group.finish();

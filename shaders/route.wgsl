@@ -2,8 +2,10 @@
 //
 //   forward     experts = the k largest logits of a token, falling; equal ones: the lower expert first; NaN last
 //               RENORMALIZE: gates_j = exp(l_j) / sum over the chosen i of exp(l_i);   else: over all experts i
-//   backward    RENORMALIZE: dl_e = g_e (G_e - m) for the chosen, 0 for the others;  else: dl_e = g_e G_e [chosen] - p_e m
-//               with G the gradient of the gates, m = sum over the chosen of g G, p the softmax over all
+//   backward    RENORMALIZE: dl_e = g_e sum over the chosen i of g_i (G_e - G_i), 0 for experts not chosen
+//               else: dl_e = g_e G_e [chosen] - p_e m, with m = sum over the chosen i of g_i G_i
+//               with G the gradient of the gates, p the softmax over all. The sum of differences equals g_e (G_e - m), but keeps
+//               its digits when one gate is nearly 1.
 //
 // Layouts       logits, d_logits: [tokens, experts];  chosen: [tokens, k] i32;  gates, d_gates: [tokens, k].
 // Grid          forward: one invocation a token: k passes over its logits, each looking for the largest one after the last
@@ -94,7 +96,11 @@ fn backward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocati
     }
   }
   if (RENORMALIZE) {
-    d_logits[element] = gate * (d_gate - mean);
+    var sum = 0.0;
+    for (var slot = first_slot; slot < first_slot + params.top_k; slot++) {
+      sum += given_gates[slot] * (d_gate - d_gates[slot]);
+    }
+    d_logits[element] = gate * sum;
   } else {
     // the first gate belongs to the largest logit: all probabilities follow from it
     let largest = logits[token * params.experts + min(given_chosen[first_slot], params.experts - 1u)];

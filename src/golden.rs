@@ -108,14 +108,17 @@ impl GoldenCase {
         let wrong = |reason: String| Error::Format { path: path.to_owned(), reason };
         let file = TensorFile::parse(bytes, path)?;
         let entry = |name: &str| {
-            file.metadata.get(name).cloned().ok_or_else(|| wrong(format!("the metadata has no `{name}`: not a golden case")))
+            file.metadata
+                .get(name)
+                .cloned()
+                .ok_or_else(|| wrong(format!("the metadata has no `{name}`: not a golden case")))
         };
         let layer = entry("layer")?;
         if !["lora", "moe_lora", "rotmole"].contains(&layer.as_str()) {
             return Err(wrong(format!("the layer `{layer}` is unknown; lora, moe_lora and rotmole can be replayed")));
         }
-        let config: Config =
-            serde_json::from_str(&entry("config")?).map_err(|error| wrong(format!("the metadata's config: {error}")))?;
+        let config: Config = serde_json::from_str(&entry("config")?)
+            .map_err(|error| wrong(format!("the metadata's config: {error}")))?;
         for name in ["input.x", "grad.output", "expect.output"] {
             file.tensor(name).map_err(|error| wrong(error.to_string()))?;
         }
@@ -193,7 +196,9 @@ impl GoldenCase {
         let routed = match self.layer.as_str() {
             "lora" => return Ok((Lora::new(base, options)?.forward(graph, x)?, None)),
             "moe_lora" => MoeLora::new(base, options, router)?.forward(graph, x)?,
-            _ => RotMole::with_rotation(base, options, router, config.rotation, config.gate_input)?.forward(graph, x)?,
+            _ => {
+                RotMole::with_rotation(base, options, router, config.rotation, config.gate_input)?.forward(graph, x)?
+            }
         };
         Ok((routed.output, Some(routed)))
     }

@@ -43,9 +43,8 @@ impl Shape {
     #[must_use]
     pub fn broadcast(&self, other: &Self) -> Option<Self> {
         let rank = self.rank().max(other.rank());
-        let extent = |shape: &Self, axis: usize| {
-            (axis + shape.rank()).checked_sub(rank).map_or(1, |inner| shape.0[inner])
-        };
+        let extent =
+            |shape: &Self, axis: usize| (axis + shape.rank()).checked_sub(rank).map_or(1, |inner| shape.0[inner]);
         (0..rank)
             .map(|axis| match (extent(self, axis), extent(other, axis)) {
                 (a, b) if a == b || b == 1 => Some(a),

@@ -43,7 +43,7 @@ struct Options {
     #[arg(long, default_value_t = 300)]
     steps: usize,
     /// Steps of the base.
-    #[arg(long, default_value_t = 600)]
+    #[arg(long, default_value_t = 150)]
     base_steps: usize,
     /// Runs of every adapter, from different seeds.
     #[arg(long, default_value_t = 3)]
@@ -90,7 +90,8 @@ fn adapters(options: &Options) -> Result<Vec<Adapter>, rankmix::Error> {
     };
     let gate_width = if gate_input == GateInput::Input { WIDTH } else { rank };
     let target = mixture_elements(rank, experts) + experts * options.rotation.numbers(rank)? * gate_width;
-    let nearest = |elements: &dyn Fn(usize) -> usize| (1..=4 * WIDTH).min_by_key(|&r| elements(r).abs_diff(target)).unwrap_or(1);
+    let nearest =
+        |elements: &dyn Fn(usize) -> usize| (1..=4 * WIDTH).min_by_key(|&r| elements(r).abs_diff(target)).unwrap_or(1);
     let lora_rank = nearest(&lora_elements);
     let mixture_rank = nearest(&|r| mixture_elements(r, experts));
     let mut adapters = vec![Adapter::Lora { rank: lora_rank }, Adapter::MoeLora { rank: mixture_rank, router }];
@@ -162,7 +163,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     let base = run(Adapter::None, &[], &only_base, options.base_steps, 0).go(&bar)?;
     bar.finish_and_clear();
     let mut rows = vec![Row::new(&Adapter::None, &[&base])];
-    println!("base trained on {} in {:.0} s; adapting to {} languages", base_language.name, base.seconds, languages.len());
+    println!(
+        "base trained on {} in {:.0} s; adapting to {} languages",
+        base_language.name,
+        base.seconds,
+        languages.len()
+    );
 
     let mut compared = Vec::new();
     for adapter in adapters {

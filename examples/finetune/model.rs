@@ -18,9 +18,19 @@ const Z: f32 = 0.001;
 pub enum Adapter {
     /// Nothing: the base itself is trained.
     None,
-    Lora { rank: usize },
-    MoeLora { rank: usize, router: RouterOptions },
-    RotMole { rank: usize, router: RouterOptions, rotation: Rotation, gate_input: GateInput },
+    Lora {
+        rank: usize,
+    },
+    MoeLora {
+        rank: usize,
+        router: RouterOptions,
+    },
+    RotMole {
+        rank: usize,
+        router: RouterOptions,
+        rotation: Rotation,
+        gate_input: GateInput,
+    },
 }
 
 impl Adapter {

@@ -8,13 +8,8 @@ use plotters::prelude::*;
 type Drawn = Result<(), Box<dyn Error>>;
 
 const INK: RGBColor = RGBColor(40, 44, 52);
-const COLOURS: [RGBColor; 5] = [
-    RGBColor(0, 114, 178),
-    RGBColor(230, 159, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 85, 0),
-    RGBColor(120, 94, 180),
-];
+const COLOURS: [RGBColor; 5] =
+    [RGBColor(0, 114, 178), RGBColor(230, 159, 0), RGBColor(0, 158, 115), RGBColor(204, 85, 0), RGBColor(120, 94, 180)];
 
 /// A curve: its name and a loss for every step.
 pub struct Curve {
@@ -45,12 +40,14 @@ pub fn loss_curves(path: &Path, title: &str, curves: &[Curve]) -> Drawn {
     let mut chart = ChartBuilder::on(&area)
         .caption(title, ("sans-serif", 22).into_font().color(&INK))
         .margin(16)
+        .margin_right(36)
         .x_label_area_size(44)
         .y_label_area_size(60)
         .build_cartesian_2d(0.0..steps as f64, (low - margin)..(high + margin))?;
     chart
         .configure_mesh()
         .x_desc("step")
+        .x_label_formatter(&|step| format!("{step:.0}"))
         .y_desc("training loss, bits per byte")
         .light_line_style(RGBColor(238, 238, 238))
         .label_style(("sans-serif", 14).into_font().color(&INK))

@@ -44,7 +44,11 @@ pub fn read(folder: &Path) -> Result<Vec<Language>> {
             held_out: Vec::new(),
         };
         for (number, line) in text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).enumerate() {
-            let part = if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 { &mut language.held_out } else { &mut language.train };
+            let part = if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 {
+                &mut language.held_out
+            } else {
+                &mut language.train
+            };
             part.extend(line);
             part.push(b'\n');
         }

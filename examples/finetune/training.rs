@@ -19,6 +19,9 @@ const BITS_PER_NAT: f64 = std::f64::consts::LOG2_E;
 /// The weights of a trained base, on the host.
 pub type Weights = Vec<(String, Tensor)>;
 
+/// How much of each language's gates each expert of each layer has: `[layer][expert][language]`.
+pub type Shares = Vec<Vec<Vec<f64>>>;
+
 /// What came of one run.
 pub struct Outcome {
     pub parameters: usize,
@@ -26,8 +29,7 @@ pub struct Outcome {
     pub losses: Vec<f64>,
     /// Held-out bits per byte, by language.
     pub bits: Vec<f64>,
-    /// How much of each language's gates each expert of each layer has: `[layer][expert][language]`.
-    pub shares: Vec<Vec<Vec<f64>>>,
+    pub shares: Shares,
     pub seconds: f64,
     pub weights: Weights,
 }
@@ -89,7 +91,7 @@ impl Run<'_> {
     }
 
     /// Held-out bits per byte by language, and how the experts share them.
-    fn evaluate(&self, store: &ParameterStore) -> Result<(Vec<f64>, Vec<Vec<Vec<f64>>>)> {
+    fn evaluate(&self, store: &ParameterStore) -> Result<(Vec<f64>, Shares)> {
         let mut graph = Graph::new();
         let model = build(&mut graph, &self.adapter, TOKENS)?;
         let mut outputs = vec![model.loss];

@@ -46,10 +46,7 @@ impl Request {
         if lower == "cpu" {
             return Self::Cpu;
         }
-        BACKENDS
-            .iter()
-            .find(|(name, ..)| *name == lower)
-            .map_or(Self::Named(lower), |(name, ..)| Self::Backend(name))
+        BACKENDS.iter().find(|(name, ..)| *name == lower).map_or(Self::Named(lower), |(name, ..)| Self::Backend(name))
     }
 }
 
@@ -75,7 +72,11 @@ fn class_of(info: &wgpu::AdapterInfo) -> AdapterClass {
     }
 }
 
-pub(crate) fn capabilities_of(info: &wgpu::AdapterInfo, limits: &wgpu::Limits, features: wgpu::Features) -> Capabilities {
+pub(crate) fn capabilities_of(
+    info: &wgpu::AdapterInfo,
+    limits: &wgpu::Limits,
+    features: wgpu::Features,
+) -> Capabilities {
     Capabilities {
         class: class_of(info),
         max_workgroups_per_dimension: limits.max_compute_workgroups_per_dimension,

@@ -67,7 +67,13 @@ impl Buffer {
 }
 
 impl Gpu {
-    pub(crate) fn new(device: wgpu::Device, queue: wgpu::Queue, summary: AdapterSummary, checked: bool, ours: bool) -> Self {
+    pub(crate) fn new(
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+        summary: AdapterSummary,
+        checked: bool,
+        ours: bool,
+    ) -> Self {
         let faults = Arc::new(Faults::default());
         // A host application keeps its own handlers.
         if ours {
@@ -189,14 +195,14 @@ impl Gpu {
         if poll {
             self.wait()?;
         }
-        receiver.await.map_err(|error| self.fault().err().unwrap_or(Error::Gpu {
-            thing: "reading a buffer back".to_owned(),
-            reason: error.to_string(),
-        }))?;
-        let mapped = slice.get_mapped_range().map_err(|error| Error::Gpu {
-            thing: "reading a buffer back".to_owned(),
-            reason: error.to_string(),
-        });
+        receiver.await.map_err(|error| {
+            self.fault()
+                .err()
+                .unwrap_or(Error::Gpu { thing: "reading a buffer back".to_owned(), reason: error.to_string() })
+        })?;
+        let mapped = slice
+            .get_mapped_range()
+            .map_err(|error| Error::Gpu { thing: "reading a buffer back".to_owned(), reason: error.to_string() });
         let contents = mapped.map(|view| view[..bytes as usize].to_vec());
         staging.raw().unmap();
         contents

@@ -69,7 +69,11 @@ impl Gpu {
         let entry = |binding: u32, ty: wgpu::BufferBindingType, dynamic: bool, size: u64| wgpu::BindGroupLayoutEntry {
             binding,
             visibility: wgpu::ShaderStages::COMPUTE,
-            ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: dynamic, min_binding_size: wgpu::BufferSize::new(size) },
+            ty: wgpu::BindingType::Buffer {
+                ty,
+                has_dynamic_offset: dynamic,
+                min_binding_size: wgpu::BufferSize::new(size),
+            },
             count: None,
         };
         let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform, true, param_bytes(launch))];
@@ -78,10 +82,9 @@ impl Gpu {
             entries.push(entry(binding.number, wgpu::BufferBindingType::Storage { read_only }, false, 0));
         }
         self.scoped(&label, 0, || {
-            let layout = self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
-                label: Some(&label),
-                entries: &entries,
-            });
+            let layout = self
+                .device
+                .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(&label), entries: &entries });
             let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
                 label: Some(&label),
                 bind_group_layouts: &[Some(&layout)],

@@ -47,7 +47,8 @@ impl Recording {
         // The last binding's padded size must fit too.
         bytes.resize(bytes.len().next_multiple_of(alignment.max(256) as usize) + 256, 0);
         let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
-        let params = gpu.create("uniform parameters", bytes.len() as u64, usage, gpu.summary.capabilities.max_buffer_bytes)?;
+        let params =
+            gpu.create("uniform parameters", bytes.len() as u64, usage, gpu.summary.capabilities.max_buffer_bytes)?;
         gpu.write(&params, &bytes);
 
         let mut recording = Self { dispatches: Vec::with_capacity(launches.len()), params };
@@ -78,16 +79,25 @@ impl Recording {
         bound: &[Bound],
         param_bytes: u64,
     ) -> Result<wgpu::BindGroup> {
-        let uniform = wgpu::BufferBinding { buffer: self.params.raw(), offset: 0, size: wgpu::BufferSize::new(param_bytes) };
+        let uniform =
+            wgpu::BufferBinding { buffer: self.params.raw(), offset: 0, size: wgpu::BufferSize::new(param_bytes) };
         let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(uniform) }];
         let limit = gpu.summary.capabilities.max_binding_bytes;
         for (binding, Bound { buffer, bytes }) in bindings.iter().zip(bound) {
             let size = bytes.max(&1).next_multiple_of(BUFFER_ALIGNMENT).min(buffer.raw().size());
             if size > limit {
-                return Err(Error::Limit { thing: label.to_owned(), needed: size, limit, unit: "bytes in one binding" });
+                return Err(Error::Limit {
+                    thing: label.to_owned(),
+                    needed: size,
+                    limit,
+                    unit: "bytes in one binding",
+                });
             }
             let resource = wgpu::BufferBinding { buffer: buffer.raw(), offset: 0, size: wgpu::BufferSize::new(size) };
-            entries.push(wgpu::BindGroupEntry { binding: binding.number, resource: wgpu::BindingResource::Buffer(resource) });
+            entries.push(wgpu::BindGroupEntry {
+                binding: binding.number,
+                resource: wgpu::BindingResource::Buffer(resource),
+            });
         }
         LiveCounters::count(&gpu.counters.bind_groups, 1);
         let descriptor = wgpu::BindGroupDescriptor { label: Some(label), layout: &pipeline.layout, entries: &entries };

@@ -45,9 +45,13 @@ impl TensorFile {
         let mut tensors = BTreeMap::new();
         for (name, view) in file.tensors() {
             let data = elements(&view).ok_or_else(|| {
-                wrong(format!("tensor `{name}` has elements of type {:?}; F64, F32, F16, BF16, I32 and I64 are read", view.dtype()))
+                wrong(format!(
+                    "tensor `{name}` has elements of type {:?}; F64, F32, F16, BF16, I32 and I64 are read",
+                    view.dtype()
+                ))
             })?;
-            let tensor = Tensor::new(view.shape().into(), data).map_err(|error| wrong(format!("tensor `{name}`: {error}")))?;
+            let tensor =
+                Tensor::new(view.shape().into(), data).map_err(|error| wrong(format!("tensor `{name}`: {error}")))?;
             tensors.insert(name, tensor);
         }
         Ok(Self { tensors, metadata })
@@ -67,7 +71,8 @@ impl TensorFile {
     /// [`Error::File`] if it cannot be written.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        let views = self.tensors.iter().map(|(name, tensor)| Ok((name, view(tensor, path)?))).collect::<Result<Vec<_>>>()?;
+        let views =
+            self.tensors.iter().map(|(name, tensor)| Ok((name, view(tensor, path)?))).collect::<Result<Vec<_>>>()?;
         let metadata: HashMap<String, String> = self.metadata.clone().into_iter().collect();
         let bytes = safetensors::serialize(views, (!metadata.is_empty()).then_some(metadata))
             .map_err(|error| Error::Format { path: path.to_owned(), reason: error.to_string() })?;

@@ -88,7 +88,10 @@ impl Backward<'_> {
         let sum = build(self.graph, self.partial.get(&of).copied())?;
         let (expected, found) = (self.graph.ty(of)?, self.graph.ty(sum)?);
         if expected.elements() != found.elements() {
-            return Err(Error::shape("backward", format!("{} is {expected}, its gradient {found}", self.graph.describe(of))));
+            return Err(Error::shape(
+                "backward",
+                format!("{} is {expected}, its gradient {found}", self.graph.describe(of)),
+            ));
         }
         self.partial.insert(of, sum);
         Ok(())
@@ -104,7 +107,8 @@ impl Graph {
         let seed = self.seed(loss)?;
         let wanted = self.trainable();
         let gradients = self.walk(&[(loss, seed)], &wanted)?;
-        let pairs = wanted.into_iter().zip(gradients).filter_map(|(value, gradient)| Some((value, gradient?))).collect();
+        let pairs =
+            wanted.into_iter().zip(gradients).filter_map(|(value, gradient)| Some((value, gradient?))).collect();
         Ok(Gradients { pairs })
     }
 

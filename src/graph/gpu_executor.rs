@@ -87,7 +87,8 @@ impl GpuExecutor {
             checks,
             staging: HashMap::new(),
         };
-        let bound = executor.launches.iter().map(|(launch, operands)| (launch, executor.bound(plan, compiled, operands)));
+        let bound =
+            executor.launches.iter().map(|(launch, operands)| (launch, executor.bound(plan, compiled, operands)));
         let recording = Recording::new(gpu, &bound.collect::<Vec<_>>())?;
         executor.recording = recording;
         Ok(executor)
@@ -132,7 +133,8 @@ impl GpuExecutor {
         self.foreign.insert(class, Bound { buffer: Buffer::foreign(buffer), bytes });
         for index in 0..self.launches.len() {
             let operands = &self.launches[index].1;
-            let touches = |operand: &Operand| matches!(*operand, Operand::Value(v) if plan.classes[v as usize] == class);
+            let touches =
+                |operand: &Operand| matches!(*operand, Operand::Value(v) if plan.classes[v as usize] == class);
             if operands.iter().any(touches) {
                 let bound = self.bound(plan, compiled, operands);
                 self.recording.rebind(&self.gpu, index, &bound)?;
@@ -153,7 +155,13 @@ impl GpuExecutor {
     }
 
     /// Runs once and reads the values named, all in one submission. With `poll` the calling thread waits for the device.
-    pub(crate) async fn run(&mut self, plan: &Plan, compiled: &Compiled, read: &[u32], poll: bool) -> Result<Vec<Tensor>> {
+    pub(crate) async fn run(
+        &mut self,
+        plan: &Plan,
+        compiled: &Compiled,
+        read: &[u32],
+        poll: bool,
+    ) -> Result<Vec<Tensor>> {
         let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
         self.encode(&mut encoder);
         let found = self.read_into(plan, compiled, read, encoder, poll).await?;
@@ -169,7 +177,13 @@ impl GpuExecutor {
     }
 
     /// Reads values as the last run left them.
-    pub(crate) async fn read(&mut self, plan: &Plan, compiled: &Compiled, read: &[u32], poll: bool) -> Result<Vec<Tensor>> {
+    pub(crate) async fn read(
+        &mut self,
+        plan: &Plan,
+        compiled: &Compiled,
+        read: &[u32],
+        poll: bool,
+    ) -> Result<Vec<Tensor>> {
         let encoder = self.gpu.device.create_command_encoder(&Default::default());
         self.read_into(plan, compiled, read, encoder, poll).await
     }

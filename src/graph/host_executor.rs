@@ -142,11 +142,8 @@ fn run_steps<R: Real>(
             target[..words].copy_from_slice(&memory[&from][..words]);
             memory.insert(to, target);
         }
-        let mut taken: Vec<(Place, HostBuffer)> = step
-            .outputs
-            .iter()
-            .filter_map(|place| memory.remove(place).map(|words| (*place, words)))
-            .collect();
+        let mut taken: Vec<(Place, HostBuffer)> =
+            step.outputs.iter().filter_map(|place| memory.remove(place).map(|words| (*place, words))).collect();
         let inputs = step
             .inputs
             .iter()

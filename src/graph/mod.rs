@@ -148,7 +148,10 @@ impl Graph {
     /// [`Error::DuplicateName`] if another input or parameter has the name, [`Error::Limit`] if it is too large.
     pub fn input(&mut self, name: &str, ty: TensorType) -> Result<Value> {
         if self.names.contains_key(name) {
-            return Err(Error::DuplicateName { name: name.to_owned(), reason: "inputs need names of their own".to_owned() });
+            return Err(Error::DuplicateName {
+                name: name.to_owned(),
+                reason: "inputs need names of their own".to_owned(),
+            });
         }
         let value = self.push(name, ty, Source::Input(name.to_owned()))?;
         self.names.insert(name.to_owned(), value);
@@ -210,7 +213,10 @@ impl Graph {
             .collect::<Result<Vec<_>>>()?;
         for alias in op.aliases().iter().filter(|alias| alias.kind == AliasKind::Update) {
             let root = self.update_root(inputs[alias.input]).ok_or_else(|| {
-                Error::shape(op.name(), format!("{} cannot be updated: only parameters can", self.describe(inputs[alias.input])))
+                Error::shape(
+                    op.name(),
+                    format!("{} cannot be updated: only parameters can", self.describe(inputs[alias.input])),
+                )
             })?;
             self.updated.insert(root, outputs[alias.output]);
         }

@@ -116,7 +116,8 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
                 .iter()
                 .enumerate()
                 .any(|(other, &value)| other != alias.input && classes.find(value) == classes.find(input));
-            if graph.is_computed(input) && !classes.is_fixed(input) && !shared_elsewhere && classes.last(input) == time {
+            if graph.is_computed(input) && !classes.is_fixed(input) && !shared_elsewhere && classes.last(input) == time
+            {
                 classes.join(input, output);
             } else {
                 copies.push((input, output));
@@ -173,10 +174,8 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
             },
         };
     }
-    let place = |value: Value| {
-        places[value.index as usize]
-            .ok_or_else(|| Error::NotKept { value: graph.describe(value) })
-    };
+    let place =
+        |value: Value| places[value.index as usize].ok_or_else(|| Error::NotKept { value: graph.describe(value) });
     for ((&node, (launches, scratch)), copies) in live.iter().zip(scratch_blocks).zip(copies_of) {
         let info = &graph.nodes[node];
         steps.push(Step {
@@ -204,8 +203,18 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
         Place::Input(index) | Place::Constant(index) => index as usize,
     });
     used.dedup();
-    let classes = (0..graph.values.len()).map(|index| classes.find(Value { graph: graph.id, index: index as u32 })).collect();
-    let mut plan = Plan { steps, places, classes, pool, inputs: vec![], constants: vec![], parameters: vec![], memory: MemoryReport::default() };
+    let classes =
+        (0..graph.values.len()).map(|index| classes.find(Value { graph: graph.id, index: index as u32 })).collect();
+    let mut plan = Plan {
+        steps,
+        places,
+        classes,
+        pool,
+        inputs: vec![],
+        constants: vec![],
+        parameters: vec![],
+        memory: MemoryReport::default(),
+    };
     for place in used {
         match place {
             Place::Pool(_) => {}
@@ -356,7 +365,9 @@ fn assign(blocks: &[Block]) -> (Vec<u64>, Vec<usize>) {
 
 fn lower_bound(blocks: &[Block], steps: usize) -> u64 {
     (0..steps)
-        .map(|time| blocks.iter().filter(|block| block.first <= time && time <= block.last).map(|block| block.bytes).sum())
+        .map(|time| {
+            blocks.iter().filter(|block| block.first <= time && time <= block.last).map(|block| block.bytes).sum()
+        })
         .max()
         .unwrap_or(0)
 }

@@ -241,7 +241,8 @@ impl Session {
         if !is_input && !is_output {
             return Err(Error::NotKept { value: self.compiled.descriptions[index as usize].clone() });
         }
-        let needed = (self.compiled.types[index as usize].bytes() as u64).next_multiple_of(crate::device::BUFFER_ALIGNMENT);
+        let needed =
+            (self.compiled.types[index as usize].bytes() as u64).next_multiple_of(crate::device::BUFFER_ALIGNMENT);
         if buffer.size() < needed {
             return Err(Error::Limit {
                 thing: format!("{}, bound to the host's buffer", self.compiled.descriptions[index as usize]),
@@ -251,7 +252,10 @@ impl Session {
             });
         }
         let Executor::Gpu(gpu) = &mut self.executor else {
-            return Err(Error::NoAdapter { requested: "a host buffer".to_owned(), reason: "this session runs on the CPU".to_owned() });
+            return Err(Error::NoAdapter {
+                requested: "a host buffer".to_owned(),
+                reason: "this session runs on the CPU".to_owned(),
+            });
         };
         gpu.bind(&self.plan, &self.compiled, index, buffer.clone())?;
         if is_input {
@@ -389,7 +393,11 @@ impl Session {
             .map(|&value| {
                 let index = self.index(value)?;
                 let kept = self.compiled.outputs.contains(&index) && self.plan.places[index as usize].is_some();
-                if kept { Ok(index) } else { Err(Error::NotKept { value: self.compiled.descriptions[index as usize].clone() }) }
+                if kept {
+                    Ok(index)
+                } else {
+                    Err(Error::NotKept { value: self.compiled.descriptions[index as usize].clone() })
+                }
             })
             .collect()
     }

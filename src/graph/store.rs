@@ -171,9 +171,10 @@ impl ParameterStore {
 fn start(spec: &ParameterSpec, seed: u64) -> Result<Tensor> {
     let count = spec.ty.elements();
     // One stream a parameter: a layer starts the same whatever stands beside it. FNV-1a of the name picks the stream.
-    let stream = spec.name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let stream = spec
+        .name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
     let mut generator = ChaCha8Rng::seed_from_u64(seed);
     generator.set_stream(stream);
     // In (0, 1), from 24 random bits.

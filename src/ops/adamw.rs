@@ -84,7 +84,8 @@ impl Op for AdamWStep {
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 5 + usize::from(self.clipped))?;
         let dims = inputs[0].dims();
-        for (name, ty) in ["the parameter", "the first moment", "the second moment", "the gradient"].iter().zip(inputs) {
+        for (name, ty) in ["the parameter", "the first moment", "the second moment", "the gradient"].iter().zip(inputs)
+        {
             expect_f32(self.name(), name, ty, dims)?;
         }
         expect_f32(self.name(), "the schedule", &inputs[4], &[3])?;

@@ -8,7 +8,8 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
 use crate::ops::{
-    HostIo, IndexRange, LaunchTypes, Op, Real, TOTAL_WORKGROUP, dims_f32, expect_count, expect_f32, row_workgroup, shader,
+    HostIo, IndexRange, LaunchTypes, Op, Real, TOTAL_WORKGROUP, dims_f32, expect_count, expect_f32, row_workgroup,
+    shader,
 };
 use crate::tensor::{DType, TensorType};
 

@@ -217,10 +217,8 @@ impl Op for Binary {
         // Innermost first; what is missing is one step of nothing.
         for axis in 0..MAX_PATTERN {
             let at = |list: &[usize], default: usize| list.iter().rev().nth(axis).copied().unwrap_or(default);
-            launch = launch
-                .param(at(&pattern.extents, 1))
-                .param(at(&pattern.steps[0], 0))
-                .param(at(&pattern.steps[1], 0));
+            launch =
+                launch.param(at(&pattern.extents, 1)).param(at(&pattern.steps[0], 0)).param(at(&pattern.steps[1], 0));
         }
         let per_group = if same { 4 * WORKGROUP } else { WORKGROUP };
         Ok(launch.folded(elements.div_ceil(per_group), capabilities)?.into())

@@ -8,8 +8,8 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
 use crate::ops::{
-    HostIo, IndexRange, LaunchTypes, Op, Real, TOTAL_WORKGROUP, dims_f32, expect_count, expect_f32, expect_i32, row_workgroup,
-    shader,
+    HostIo, IndexRange, LaunchTypes, Op, Real, TOTAL_WORKGROUP, dims_f32, expect_count, expect_f32, expect_i32,
+    row_workgroup, shader,
 };
 use crate::tensor::TensorType;
 
@@ -65,7 +65,8 @@ impl CrossEntropy {
         let losses = rows
             .filter(|((_, label), _)| **label != IGNORED_LABEL)
             .map(|((row, &label), &lse)| lse - row[class_of(label, classes)]);
-        let (total, count) = losses.fold((R::zero(), R::zero()), |(total, count), loss| (total + loss, count + R::one()));
+        let (total, count) =
+            losses.fold((R::zero(), R::zero()), |(total, count), loss| (total + loss, count + R::one()));
         loss[0] = total / count.max(R::one());
         valid[0] = count;
         Ok(())

@@ -12,7 +12,8 @@ use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::{expect_segments, gather, host_segments, products, weight_sizes};
 use crate::ops::shrink::Shrink;
 use crate::ops::{
-    Alias, AliasKind, HostIo, Layout, LaunchTypes, Op, Real, Segments, dims_f32, expect_count, expect_f32, expect_i32, shader,
+    Alias, AliasKind, HostIo, LaunchTypes, Layout, Op, Real, Segments, dims_f32, expect_count, expect_f32, expect_i32,
+    shader,
 };
 use crate::tensor::TensorType;
 

@@ -23,13 +23,7 @@ impl<'a, R> Matrix<'a, R> {
         if !transpose {
             return self;
         }
-        Self {
-            rows: self.columns,
-            columns: self.rows,
-            row_step: self.column_step,
-            column_step: self.row_step,
-            ..self
-        }
+        Self { rows: self.columns, columns: self.rows, row_step: self.column_step, column_step: self.row_step, ..self }
     }
 
     fn fits(&self) -> bool {
@@ -39,9 +33,19 @@ impl<'a, R> Matrix<'a, R> {
 }
 
 /// `out = alpha a b`, plus what is in `out` before if `accumulate`; `out` is row-major `[a.rows, b.columns]`.
-pub(crate) fn gemm<R: Real>(out: &mut [R], a: Matrix<'_, R>, b: Matrix<'_, R>, alpha: R, accumulate: bool, parallel: bool) {
+pub(crate) fn gemm<R: Real>(
+    out: &mut [R],
+    a: Matrix<'_, R>,
+    b: Matrix<'_, R>,
+    alpha: R,
+    accumulate: bool,
+    parallel: bool,
+) {
     let (m, n, k) = (a.rows, b.columns, a.columns);
-    assert!(k == b.rows && out.len() >= m * n && a.fits() && b.fits(), "the operands of a host matrix product do not fit");
+    assert!(
+        k == b.rows && out.len() >= m * n && a.fits() && b.fits(),
+        "the operands of a host matrix product do not fit"
+    );
     let parallelism = if parallel { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
     #[expect(unsafe_code, reason = "the gemm crate takes raw pointers")]
     // SAFETY: the assertion above shows that every element addressed lies in its slice; `out` is borrowed mutably, so

@@ -197,7 +197,8 @@ impl Op for MatMulOp {
         }
         let (m_groups, n_groups) = groups(lanes);
         // Four elements in a row are one load where every row of an operand starts at a multiple of four.
-        let (a_row, b_row) = (if self.options.transpose_a { m } else { k }, if self.options.transpose_b { k } else { n });
+        let (a_row, b_row) =
+            (if self.options.transpose_a { m } else { k }, if self.options.transpose_b { k } else { n });
         let aligned = a_row % 4 == 0 && b_row % 4 == 0;
         let whole_tiles = m % TILE == 0 && n % TILE == 0 && k % 4 == 0;
         let launch = Launch::new(shader!("matmul"), "forward")

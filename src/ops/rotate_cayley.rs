@@ -9,7 +9,6 @@ use crate::host_reference;
 use crate::ops::{HostIo, LaunchTypes, Op, Real, Rotation, expect_count, shader};
 use crate::tensor::TensorType;
 
-
 const WORKGROUP: usize = 64;
 /// The largest matrix in the 16,384 bytes of workgroup memory that WebGPU promises everywhere.
 const MAX_RANK: usize = 64;
@@ -24,7 +23,12 @@ fn rank_limit(z: &TensorType) -> Result<()> {
     if rank <= MAX_RANK {
         return Ok(());
     }
-    Err(Error::Limit { thing: "a Cayley rotation".to_owned(), needed: rank as u64, limit: MAX_RANK as u64, unit: "dimensions" })
+    Err(Error::Limit {
+        thing: "a Cayley rotation".to_owned(),
+        needed: rank as u64,
+        limit: MAX_RANK as u64,
+        unit: "dimensions",
+    })
 }
 
 /// The solution of `(I - sign Q) x = right`, by elimination without pivots: the symmetric part of the matrix is I.

@@ -9,7 +9,6 @@ use crate::host_reference;
 use crate::ops::{HostIo, LaunchTypes, Op, Real, Rotation, expect_count, shader};
 use crate::tensor::TensorType;
 
-
 /// Words of workgroup memory: the 16,384 bytes that WebGPU promises everywhere.
 const WORKGROUP_WORDS: usize = 4096;
 
@@ -24,7 +23,12 @@ fn rank_limit(z: &TensorType) -> Result<()> {
     if rank <= limit {
         return Ok(());
     }
-    Err(Error::Limit { thing: "a Givens chain".to_owned(), needed: rank as u64, limit: limit as u64, unit: "dimensions" })
+    Err(Error::Limit {
+        thing: "a Givens chain".to_owned(),
+        needed: rank as u64,
+        limit: limit as u64,
+        unit: "dimensions",
+    })
 }
 
 /// Inputs: z `[rows, rank]`, generator `[rows, numbers]`.

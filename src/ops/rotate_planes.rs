@@ -9,7 +9,6 @@ use crate::host_reference;
 use crate::ops::{HostIo, LaunchTypes, Op, Real, Rotation, expect_count, shader};
 use crate::tensor::TensorType;
 
-
 const WORKGROUP: usize = 64;
 
 /// Inputs: z `[rows, rank]`, generator `[rows, numbers]`.

@@ -65,7 +65,12 @@ impl Rotation {
     }
 
     /// The types of a backward operation: as many further inputs of the latents' type as there are, outputs (dz, dp).
-    pub(crate) fn backward_types(self, op: &'static str, inputs: &[TensorType], count: usize) -> Result<Vec<TensorType>> {
+    pub(crate) fn backward_types(
+        self,
+        op: &'static str,
+        inputs: &[TensorType],
+        count: usize,
+    ) -> Result<Vec<TensorType>> {
         expect_count(op, inputs, count)?;
         self.sizes(op, inputs)?;
         for ty in &inputs[2..] {

@@ -57,7 +57,8 @@ impl Route {
         let experts = io.input_type(0)?.shape.last();
         let logits = io.floats(0)?;
         let (chosen, gates) = (io.ints_out(0)?, io.floats_out(1)?);
-        let tokens = logits.par_chunks(experts).zip(chosen.par_chunks_mut(self.top_k)).zip(gates.par_chunks_mut(self.top_k));
+        let tokens =
+            logits.par_chunks(experts).zip(chosen.par_chunks_mut(self.top_k)).zip(gates.par_chunks_mut(self.top_k));
         tokens.for_each(|((logits, chosen), gates)| {
             let mut order: Vec<usize> = (0..experts).collect();
             // Stable: equal logits stay in the order of the experts.
@@ -83,7 +84,11 @@ impl Op for Route {
         expect_count(self.name(), inputs, 1)?;
         let [tokens, experts] = dims_f32(self.name(), "the logits", &inputs[0])?;
         if self.top_k == 0 || self.top_k > experts {
-            return Err(Error::setting("top_k", self.top_k, format!("there are {experts} experts, at least 1 is chosen")));
+            return Err(Error::setting(
+                "top_k",
+                self.top_k,
+                format!("there are {experts} experts, at least 1 is chosen"),
+            ));
         }
         Ok(vec![TensorType::i32([tokens, self.top_k]), TensorType::f32([tokens, self.top_k])])
     }
@@ -128,8 +133,13 @@ impl RouteBackward {
                 *d_logit = if self.renormalize { R::zero() } else { -probability * mean };
             }
             for ((&expert, &gate), &d_gate) in chosen.iter().zip(gates).zip(d_gates) {
-                let mean = if self.renormalize { mean } else { R::zero() };
-                d_logits[expert as usize] += gate * (d_gate - mean);
+                // g_e sum g_i (G_e - G_i) equals g_e (G_e - m), but keeps its digits when one gate is nearly 1.
+                let part = if self.renormalize {
+                    gates.iter().zip(d_gates).map(|(&g, &d)| g * (d_gate - d)).sum()
+                } else {
+                    d_gate
+                };
+                d_logits[expert as usize] += gate * part;
             }
         });
         Ok(())

@@ -82,7 +82,13 @@ pub(crate) fn host_segments<'a>(order: &'a [i32], offsets: &[i32]) -> Vec<&'a [i
 }
 
 /// Rows of `x` (`width` wide) for the pairs of a segment, `share` pairs to a row, each times its factor.
-pub(crate) fn gather<R: Real>(x: &[R], width: usize, pairs: &[i32], share: usize, factor: impl Fn(usize) -> R) -> Vec<R> {
+pub(crate) fn gather<R: Real>(
+    x: &[R],
+    width: usize,
+    pairs: &[i32],
+    share: usize,
+    factor: impl Fn(usize) -> R,
+) -> Vec<R> {
     let mut rows = Vec::with_capacity(pairs.len() * width);
     for &pair in pairs {
         let row = pair as usize / share;

@@ -7,7 +7,7 @@ use crate::host_reference;
 use crate::ops::expand::Expand;
 use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::{expect_segments, gather, host_segments, products, row_share, weight_sizes};
-use crate::ops::{HostIo, Layout, LaunchTypes, Op, Real, Segments, dims_f32, expect_count, shader};
+use crate::ops::{HostIo, LaunchTypes, Layout, Op, Real, Segments, dims_f32, expect_count, shader};
 use crate::tensor::TensorType;
 
 /// Pairs and outputs that one invocation computes, as in `shaders/shrink.wgsl`.
@@ -100,7 +100,8 @@ impl Op for Shrink {
         }
         if context.wants(1) {
             let (left, right) = if self.layout == Layout::OutIn { (dz, x) } else { (x, dz) };
-            let gradient = context.graph.apply1(SegmentOuter { scale: 1.0, gated: false }, &[left, right, order, offsets])?;
+            let gradient =
+                context.graph.apply1(SegmentOuter { scale: 1.0, gated: false }, &[left, right, order, offsets])?;
             context.add(1, gradient)?;
         }
         Ok(())

@@ -29,10 +29,7 @@ fn open_device(backend: &str, checked: bool) -> Option<Device> {
 }
 
 /// A test for every trusted device, each on a device of its own: for tests that read the device's counters.
-pub fn own_trials(
-    name: &str,
-    check: impl Fn(&Device) -> Result<(), Failed> + Clone + Send + 'static,
-) -> Vec<Trial> {
+pub fn own_trials(name: &str, check: impl Fn(&Device) -> Result<(), Failed> + Clone + Send + 'static) -> Vec<Trial> {
     let trial = |backend: &'static str| {
         let (name, check) = (format!("{name}::{backend}"), check.clone());
         match device(backend, false) {
@@ -44,10 +41,7 @@ pub fn own_trials(
 }
 
 /// A test for every device, checked and trusted: ignored where the device is not there.
-pub fn trials(
-    name: &str,
-    check: impl Fn(&Device) -> Result<(), Failed> + Clone + Send + 'static,
-) -> Vec<Trial> {
+pub fn trials(name: &str, check: impl Fn(&Device) -> Result<(), Failed> + Clone + Send + 'static) -> Vec<Trial> {
     let mut trials = Vec::new();
     for backend in BACKENDS {
         for checked in [false, true] {

@@ -6,14 +6,26 @@ mod cases;
 mod devices;
 mod golden;
 mod gradients;
+mod layers;
 mod metrics;
 mod parity;
+mod rotation_facts;
 mod training;
 
 use libtest_mimic::Arguments;
 
 fn main() {
     let arguments = Arguments::from_args();
-    let trials = [gradients::trials(), parity::trials(), golden::trials(), training::trials()].into_iter().flatten().collect();
+    let trials = [
+        gradients::trials(),
+        parity::trials(),
+        golden::trials(),
+        layers::trials(),
+        rotation_facts::trials(),
+        training::trials(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
     libtest_mimic::run(&arguments, trials).exit();
 }

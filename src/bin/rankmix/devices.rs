@@ -12,7 +12,11 @@ fn describe(adapter: &AdapterSummary) {
     println!("  storage binding       {}", mib(c.max_binding_bytes));
     println!("  buffer                {}", mib(c.max_buffer_bytes));
     println!("  storage buffers       {} a kernel", c.max_storage_buffers);
-    println!("  workgroup             {} invocations, {} KiB", c.max_invocations_per_workgroup, c.max_workgroup_bytes >> 10);
+    println!(
+        "  workgroup             {} invocations, {} KiB",
+        c.max_invocations_per_workgroup,
+        c.max_workgroup_bytes >> 10
+    );
     println!("  grid                  {} workgroups a dimension", c.max_workgroups_per_dimension);
     println!("  f16                   {}", yes(c.f16));
     println!("  subgroups             {}", yes(c.subgroups));

@@ -31,8 +31,14 @@ pub fn cases() -> Vec<Case> {
         Case::new("sum_first_and_last", vec![floats(&[4, 3, 5], 15)], |g, v| Ok(vec![g.sum(v[0], &[0, 2])?])),
         Case::new("sum_two_passes", vec![floats(&[9001, 2], 16)], |g, v| Ok(vec![g.sum(v[0], &[0])?])).forward_only(),
     ];
-    let shapes: [(&[usize], &[usize]); 6] =
-        [(&[3, 4], &[3, 4]), (&[3, 4], &[4]), (&[5, 1], &[1, 7]), (&[2, 3, 5], &[3, 1]), (&[], &[2, 2]), (&[2, 1, 3, 1], &[4, 1, 6])];
+    let shapes: [(&[usize], &[usize]); 6] = [
+        (&[3, 4], &[3, 4]),
+        (&[3, 4], &[4]),
+        (&[5, 1], &[1, 7]),
+        (&[2, 3, 5], &[3, 1]),
+        (&[], &[2, 2]),
+        (&[2, 1, 3, 1], &[4, 1, 6]),
+    ];
     for (a, b) in shapes {
         let inputs = || vec![floats(a, 20), floats_in(b, 21, 0.5, 2.0)];
         cases.push(Case::new(format!("add_{a:?}_{b:?}"), inputs(), |g, v| Ok(vec![g.add(v[0], v[1])?])));

@@ -32,7 +32,15 @@ fn choose(popularity: Popularity, tokens: usize, top_k: usize, experts: usize) -
                 Popularity::Uniform => noise,
                 Popularity::Zipf => noise / ((expert + 1) as f64).powf(1.5),
                 Popularity::Identical => -(expert as f64),
-                Popularity::Skewed => if expert == experts / 2 { 2.0 } else if expert < 2 { noise } else { -noise },
+                Popularity::Skewed => {
+                    if expert == experts / 2 {
+                        2.0
+                    } else if expert < 2 {
+                        noise
+                    } else {
+                        -noise
+                    }
+                }
             }
         };
         let mut order: Vec<usize> = (0..experts).collect();
@@ -67,8 +75,7 @@ fn grouped(tokens: usize, top_k: usize, experts: usize, out: usize, input: usize
             let segments = Segments { experts: v[0], order: pairs.order, offsets: pairs.offsets };
             Ok(vec![g.shrink(v[1], v[2], layout, segments)?])
         }));
-        let inputs =
-            vec![chosen, gates, floats(&[pairs, input], 45), floats(&weight, 46), floats(&[tokens, out], 47)];
+        let inputs = vec![chosen, gates, floats(&[pairs, input], 45), floats(&weight, 46), floats(&[tokens, out], 47)];
         cases.push(Case::new(format!("expand_{name}"), inputs, move |g, v| {
             let routed = routed(g, v[0], v[1], experts)?;
             let base = g.square(v[4])?;
@@ -90,7 +97,9 @@ pub fn cases() -> Vec<Case> {
         cases.extend(grouped(tokens, top_k, experts, out, input, Popularity::Uniform));
     }
     for (tokens, top_k, experts, out, input) in [(7, 8, 64, 65, 33), (70, 1, 3, 128, 16), (33, 2, 300, 16, 128)] {
-        cases.extend(grouped(tokens, top_k, experts, out, input, Popularity::Uniform).into_iter().map(Case::forward_only));
+        cases.extend(
+            grouped(tokens, top_k, experts, out, input, Popularity::Uniform).into_iter().map(Case::forward_only),
+        );
     }
     for renormalize in [true, false] {
         for (tokens, experts, top_k) in [(1, 1, 1), (3, 5, 2), (4, 3, 3), (2, 6, 1)] {
@@ -104,26 +113,35 @@ pub fn cases() -> Vec<Case> {
             let name = format!("route_{renormalize}_{tokens}_{experts}_{top_k}");
             let logits = floats_in(&[tokens, experts], 51, -3.0, 3.0);
             let upstream = floats(&[tokens, top_k], 52);
-            cases.push(Case::new(name, vec![logits, upstream], move |g, v| {
-                let routed = g.route(v[0], top_k, renormalize)?;
-                let weighted = g.mul(routed.gates, v[1])?;
-                let sum = g.sum_all(weighted)?;
-                let gradient = g.gradients(sum, &[v[0]])?;
-                Ok(vec![routed.gates, routed.experts, routed.pairs.order, routed.pairs.offsets, gradient[0]])
-            }).forward_only());
+            cases.push(
+                Case::new(name, vec![logits, upstream], move |g, v| {
+                    let routed = g.route(v[0], top_k, renormalize)?;
+                    let weighted = g.mul(routed.gates, v[1])?;
+                    let sum = g.sum_all(weighted)?;
+                    let gradient = g.gradients(sum, &[v[0]])?;
+                    Ok(vec![routed.gates, routed.experts, routed.pairs.order, routed.pairs.offsets, gradient[0]])
+                })
+                .forward_only(),
+            );
         }
     }
     // Equal logits: the lower expert first.
     let ties = Tensor::f64([2, 5], vec![1.0, 2.0, 2.0, 1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]).expect("10 elements");
-    cases.push(Case::new("route_ties", vec![ties], |g, v| {
-        let routed = g.route(v[0], 4, true)?;
-        Ok(vec![routed.gates, routed.experts])
-    }).forward_only());
+    cases.push(
+        Case::new("route_ties", vec![ties], |g, v| {
+            let routed = g.route(v[0], 4, true)?;
+            Ok(vec![routed.gates, routed.experts])
+        })
+        .forward_only(),
+    );
     for (count, limit) in [(1, 1), (5, 3), (1000, 256), (777, 257), (3000, 70_000), (20_000, 9), (500, 20_000_000)] {
-        cases.push(Case::new(format!("sort_{count}_{limit}"), vec![ints(&[count], 53, limit as u32)], move |g, v| {
-            let sorted = g.sort_by_key(v[0], limit)?;
-            Ok(vec![sorted.order, sorted.offsets])
-        }).forward_only());
+        cases.push(
+            Case::new(format!("sort_{count}_{limit}"), vec![ints(&[count], 53, limit as u32)], move |g, v| {
+                let sorted = g.sort_by_key(v[0], limit)?;
+                Ok(vec![sorted.order, sorted.offsets])
+            })
+            .forward_only(),
+        );
     }
     cases
 }

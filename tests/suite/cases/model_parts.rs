@@ -13,14 +13,19 @@ pub fn cases() -> Vec<Case> {
             Ok(vec![y, dx[0]])
         })
         .forward_only(),
-        Case::new("gradient_norm", vec![floats(&[9000], 82), floats(&[3, 5], 83)], |g, v| Ok(vec![g.gradient_norm(v, 2.5)?]))
+        Case::new("gradient_norm", vec![floats(&[9000], 82), floats(&[3, 5], 83)], |g, v| {
+            Ok(vec![g.gradient_norm(v, 2.5)?])
+        })
+        .forward_only(),
+        Case::new("gradient_norm_small", vec![floats(&[3], 84)], |g, v| Ok(vec![g.gradient_norm(v, 100.0)?]))
             .forward_only(),
-        Case::new("gradient_norm_small", vec![floats(&[3], 84)], |g, v| Ok(vec![g.gradient_norm(v, 100.0)?])).forward_only(),
     ];
     for (rows, n) in [(1, 1), (3, 5), (2, 12), (7, 3)] {
-        cases.push(Case::new(format!("rms_norm_{rows}_{n}"), vec![floats(&[rows, n], 85), floats(&[n], 86)], |g, v| {
-            Ok(vec![g.rms_norm(v[0], v[1], 1e-3)?])
-        }));
+        cases.push(Case::new(
+            format!("rms_norm_{rows}_{n}"),
+            vec![floats(&[rows, n], 85), floats(&[n], 86)],
+            |g, v| Ok(vec![g.rms_norm(v[0], v[1], 1e-3)?]),
+        ));
     }
     for (rows, n) in [(133, 70), (3, 4096), (500, 33)] {
         let inputs = vec![floats(&[rows, n], 87), floats(&[n], 88), floats(&[rows, n], 89)];
@@ -36,7 +41,9 @@ pub fn cases() -> Vec<Case> {
     }
     for (count, rows, width) in [(1, 1, 1), (5, 3, 4), (12, 7, 2), (2, 300, 3)] {
         let inputs = vec![floats(&[rows, width], 90), ints(&[count], 91, rows as u32)];
-        cases.push(Case::new(format!("embedding_{count}_{rows}_{width}"), inputs, |g, v| Ok(vec![g.embedding(v[0], v[1])?])));
+        cases.push(Case::new(format!("embedding_{count}_{rows}_{width}"), inputs, |g, v| {
+            Ok(vec![g.embedding(v[0], v[1])?])
+        }));
     }
     let inputs = vec![floats(&[700, 33], 92), ints(&[40, 25], 93, 700), floats(&[40, 25, 33], 94)];
     cases.push(
@@ -55,7 +62,9 @@ pub fn cases() -> Vec<Case> {
     };
     for (rows, classes) in [(1, 1), (4, 5), (7, 3)] {
         let inputs = vec![floats_in(&[rows, classes], 96, -3.0, 3.0), with_ignored(rows, classes)];
-        cases.push(Case::new(format!("cross_entropy_{rows}_{classes}"), inputs, |g, v| Ok(vec![g.cross_entropy(v[0], v[1])?])));
+        cases.push(Case::new(format!("cross_entropy_{rows}_{classes}"), inputs, |g, v| {
+            Ok(vec![g.cross_entropy(v[0], v[1])?])
+        }));
     }
     for (rows, classes) in [(133, 257), (3, 49_152), (1000, 8)] {
         let inputs = vec![floats_in(&[rows, classes], 97, -8.0, 8.0), with_ignored(rows, classes)];
@@ -96,7 +105,9 @@ pub fn cases() -> Vec<Case> {
             cases.push(Case::new(format!("balance_loss_{tokens}_{experts}_{top_k}"), inputs.clone(), |g, v| {
                 Ok(vec![g.balance_loss(v[0], v[1])?.loss])
             }));
-            cases.push(Case::new(format!("z_loss_{tokens}_{experts}"), inputs[..1].to_vec(), |g, v| Ok(vec![g.z_loss(v[0])?])));
+            cases.push(Case::new(format!("z_loss_{tokens}_{experts}"), inputs[..1].to_vec(), |g, v| {
+                Ok(vec![g.z_loss(v[0])?])
+            }));
         }
     }
     cases

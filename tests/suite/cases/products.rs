@@ -24,9 +24,8 @@ pub fn cases() -> Vec<Case> {
         for (m, n, k) in [(133, 70, 65), (128, 72, 260), (1, 300, 33), (257, 4, 64)] {
             let (a, b) = dims(m, n, k);
             let inputs = vec![floats(&a, 33), floats(&b, 34)];
-            let build = move |g: &mut rankmix::Graph, v: &[rankmix::Value]| {
-                Ok(vec![g.matmul_with(v[0], v[1], options, None)?])
-            };
+            let build =
+                move |g: &mut rankmix::Graph, v: &[rankmix::Value]| Ok(vec![g.matmul_with(v[0], v[1], options, None)?]);
             cases.push(Case::new(format!("{name}_{m}_{n}_{k}"), inputs, build).forward_only());
         }
         let (a, b) = dims(3, 4, 5);
