@@ -1,4 +1,59 @@
-//! rankmix
+//! Trainable mixtures of low-rank experts on any GPU.
+//!
+//! rankmix is a set of hand-written WGSL kernels for LoRA, MoE-LoRA and RotMoLE, and the smallest runtime that can train with them:
+//! tensors, a static graph with hand-coded gradients, an executor on wgpu (Vulkan, Metal, DX12, GL, browsers), and one on the
+//! CPU for machines without a GPU. It shares the wgpu device of an application that has one.
+//!
+//! ```
+//! use rankmix::layers::{AdapterOptions, Linear, RotMole, RouterOptions};
+//! use rankmix::train::AdamW;
+//! use rankmix::{Device, Graph, ParameterStore, Tensor, TensorType};
+//!
+//! # fn main() -> rankmix::Result<()> {
+//! // What to compute: a frozen linear layer under a mixture of 4 rotated LoRA experts of rank 8, 2 of them for each token.
+//! let mut graph = Graph::new();
+//! let x = graph.input("x", TensorType::f32([16, 64]))?;
+//! let labels = graph.input("labels", TensorType::i32([16]))?;
+//! let layer = RotMole::new(Linear::new("proj", 64, 32), AdapterOptions::new(8, 16.0), RouterOptions::new(4, 2))?;
+//! let routed = layer.forward(&mut graph, x)?;
+//! let task = graph.cross_entropy(routed.output, labels)?;
+//! let balance = routed.auxiliary_loss(&mut graph, 0.01, 0.001)?;
+//! let loss = graph.add(task, balance)?;
+//! graph.output(task)?;
+//!
+//! // The backward pass and the optimiser step are part of the same graph.
+//! let gradients = graph.backward(loss)?;
+//! let mut optimizer = AdamW::default().add_to(&mut graph, &gradients)?;
+//!
+//! // Where: `Device::open()` takes the best GPU, or the CPU. Parameters live there, by name.
+//! let device = Device::cpu();
+//! let store = ParameterStore::new(&device);
+//! store.initialize(&graph, 42)?;
+//! let mut session = graph.compile(&store)?;
+//! session.set("x", &Tensor::f32([16, 64], (0..1024).map(|i| (i as f32).sin()).collect())?)?;
+//! session.set("labels", &Tensor::i32([16], (0..16).collect())?)?;
+//!
+//! // A step is one submission; only what is asked for is read back.
+//! let mut losses = Vec::new();
+//! for _ in 0..20 {
+//!     optimizer.prepare(&mut session, 0.01)?;
+//!     losses.push(session.run_reading(&[task])?[0].to_f32()[0]);
+//! }
+//! assert!(losses[19] < losses[0]);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Promises
+//!
+//! * Two runs on one adapter are equal bit for bit: no float atomics, every sum in a fixed order.
+//! * After its first run a session allocates and compiles nothing; what uploads stage is wgpu's own.
+//! * A user's mistake, a damaged file, a lost device, a full GPU are typed [`Error`]s that name the thing, its size and the limit.
+//!
+//! # Where things are
+//!
+//! [`layers`] and [`train`] are made of [`graph`] operations, which are in [`ops`], one file each, and describe their kernels as data to
+//! [`device`], the only module that names wgpu. `docs/architecture.md` in the repository says more.
 
 pub mod device;
 mod error;

@@ -3,7 +3,7 @@
 //! Values that are never alive together share a buffer. Buffers are whole: a binding never starts inside one, because wgpu refuses
 //! a buffer that one dispatch reads and writes, even at disjoint ranges.
 
-use crate::device::{BUFFER_ALIGNMENT, Capabilities, Launches};
+use crate::device::{BUFFER_ALIGNMENT, Capabilities, Launch, Launches};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Source, Value};
 use crate::ops::{AliasKind, LaunchTypes};
@@ -88,6 +88,18 @@ impl Target<'_> {
     pub(crate) fn bytes(&self, ty: &TensorType) -> u64 {
         let element = if ty.dtype == DType::I32 { 4 } else { self.float_bytes };
         (ty.elements() as u64 * element).next_multiple_of(BUFFER_ALIGNMENT)
+    }
+}
+
+impl Graph {
+    /// The kernels that a session on a device of these capabilities would run, in order, as data: to be looked at, checked and
+    /// counted without a device. Copies that the planner adds are not among them.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] if an operation is more than such a device can do.
+    pub fn launches(&self, capabilities: &Capabilities) -> Result<Vec<Launch>> {
+        let plan = plan(self, Target { capabilities: Some(capabilities), float_bytes: 4 })?;
+        Ok(plan.steps.into_iter().flat_map(|step| step.launches.launches).collect())
     }
 }
 

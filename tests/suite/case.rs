@@ -26,6 +26,14 @@ pub struct Harness {
     pub gradients: Vec<Value>,
 }
 
+struct Built {
+    graph: Graph,
+    inputs: Vec<Value>,
+    loss: Value,
+    outputs: Vec<Value>,
+    gradients: Vec<Value>,
+}
+
 impl Case {
     pub fn new(
         name: impl Into<String>,
@@ -44,6 +52,23 @@ impl Case {
     /// loss = sum over results of <result * result + 0.7 result, random weights>, so that every element has its own upstream
     /// gradient, and the float inputs pass through a * 1.25 - 0.125 before they reach the operations under test.
     pub fn compile(&self, device: &Device) -> Result<Harness> {
+        let Built { graph, inputs, loss, outputs, gradients } = self.build()?;
+        let store = ParameterStore::new(device);
+        store.initialize(&graph, 7)?;
+        let mut session = graph.compile(&store)?;
+        for (value, tensor) in inputs.iter().zip(&self.inputs) {
+            session.write(*value, tensor)?;
+        }
+        session.poison()?;
+        Ok(Harness { session, inputs, loss, outputs, gradients })
+    }
+
+    /// The graph that [`Case::compile`] compiles.
+    pub fn graph(&self) -> Result<Graph> {
+        Ok(self.build()?.graph)
+    }
+
+    fn build(&self) -> Result<Built> {
         let mut graph = Graph::new();
         let mut inputs = Vec::new();
         let mut fed = Vec::new();
@@ -83,14 +108,7 @@ impl Case {
         for &value in outputs.iter().chain(&gradients).chain([&loss]) {
             graph.output(value)?;
         }
-        let store = ParameterStore::new(device);
-        store.initialize(&graph, 7)?;
-        let mut session = graph.compile(&store)?;
-        for (value, tensor) in inputs.iter().zip(&self.inputs) {
-            session.write(*value, tensor)?;
-        }
-        session.poison()?;
-        Ok(Harness { session, inputs, loss, outputs, gradients })
+        Ok(Built { graph, inputs, loss, outputs, gradients })
     }
 }
 

@@ -10,6 +10,7 @@ mod layers;
 mod metrics;
 mod parity;
 mod rotation_facts;
+mod shaders;
 mod training;
 
 use libtest_mimic::Arguments;
@@ -21,7 +22,7 @@ fn main() {
         parity::trials(),
         golden::trials(),
         layers::trials(),
-        rotation_facts::trials(),
+        rotation_facts::trials(), shaders::trials(),
         training::trials(),
     ]
     .into_iter()
