@@ -3,8 +3,8 @@
 mod support;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use rankmix::ops::{Layout, Rotation, Segments};
-use rankmix::{Graph, Result, TensorType, Value};
+use rankmix::ops::{AdamWConstants, Layout, Rotation, Routed, Segments};
+use rankmix::{Graph, Init, Result, TensorType, Value};
 
 type Build = Box<dyn Fn(&mut Graph, &[Value]) -> Result<Vec<Value>>>;
 
@@ -128,6 +128,81 @@ fn benches() -> Vec<Bench> {
             build: forward(|g, v| {
                 let segments = segments(g, v[2], 8)?;
                 g.shrink(v[0], v[1], Layout::OutIn, segments)
+            }),
+        },
+        Bench {
+            op: "expand",
+            size: "1024pairs_8experts_16to1024_forward_backward_flop",
+            inputs: vec![f(&[2 * T, 16]), f(&[8, D, 16]), f(&[T, 2]), i(&[T, 2]), f(&[T, D])],
+            limit: 8,
+            work: flop(3 * 2 * 2 * T * D * 16),
+            build: Box::new(|g, v| {
+                let pairs = g.sort_by_key(v[3], 8)?;
+                let routed = Routed { experts: v[3], gates: v[2], pairs };
+                let y = g.expand(v[0], v[1], Layout::OutIn, routed, 2.0, None)?;
+                let mut outputs = g.gradients_from(&[(y, v[4])], &v[..3])?;
+                outputs.push(y);
+                Ok(outputs)
+            }),
+        },
+        Bench {
+            op: "accumulate",
+            size: "1048576",
+            inputs: vec![f(&[1 << 20]), f(&[1 << 20])],
+            limit: 1,
+            work: elements(1 << 20),
+            build: forward(|g, v| g.accumulate(v[0], v[1])),
+        },
+        Bench {
+            op: "exp",
+            size: "1048576",
+            inputs: vec![f(&[1 << 20])],
+            limit: 1,
+            work: elements(1 << 20),
+            build: forward(|g, v| g.exp(v[0])),
+        },
+        Bench {
+            op: "mul_broadcast",
+            size: "1024x1024_by_1024",
+            inputs: vec![f(&[D, D]), f(&[D])],
+            limit: 1,
+            work: elements(D * D),
+            build: forward(|g, v| g.mul(v[0], v[1])),
+        },
+        Bench {
+            op: "gradient_norm",
+            size: "1048576",
+            inputs: vec![f(&[1 << 20])],
+            limit: 1,
+            work: elements(1 << 20),
+            build: forward(|g, v| g.gradient_norm(v, 1.0)),
+        },
+        Bench {
+            op: "adamw",
+            size: "1048576",
+            inputs: vec![f(&[1 << 20]), f(&[3])],
+            limit: 1,
+            work: elements(1 << 20),
+            build: forward(|g, v| {
+                let theta = g.parameter("theta", [1 << 20], Init::Ones, true)?;
+                let moments = [
+                    g.parameter("first", [1 << 20], Init::Zeros, false)?,
+                    g.parameter("second", [1 << 20], Init::Zeros, false)?,
+                ];
+                g.adamw_step(theta, moments, v[0], v[1], None, AdamWConstants::default())
+            }),
+        },
+        Bench {
+            op: "router_losses",
+            size: "4096x64_top8_forward_backward",
+            inputs: vec![f(&[4096, 64]), i(&[4096, 8])],
+            limit: 64,
+            work: elements(4096 * 64),
+            build: Box::new(|g, v| {
+                let balance = g.balance_loss(v[0], v[1])?.loss;
+                let z = g.z_loss(v[0])?;
+                let loss = g.add(balance, z)?;
+                g.gradients(loss, &v[..1])
             }),
         },
         Bench {

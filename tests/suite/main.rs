@@ -22,7 +22,8 @@ fn main() {
         parity::trials(),
         golden::trials(),
         layers::trials(),
-        rotation_facts::trials(), shaders::trials(),
+        rotation_facts::trials(),
+        shaders::trials(),
         training::trials(),
     ]
     .into_iter()

@@ -21,7 +21,8 @@ fn launches() -> BTreeMap<String, Arc<Launch>> {
     for case in cases::all() {
         let graph = case.graph().expect("the cases are sound");
         for launch in graph.launches(&capabilities).expect("the cases fit every WebGPU device") {
-            let constants: Vec<String> = launch.constants.iter().map(|(name, value)| format!("{name}={value}")).collect();
+            let constants: Vec<String> =
+                launch.constants.iter().map(|(name, value)| format!("{name}={value}")).collect();
             let name = format!("shaders::{}::{} {}", launch.shader.name, launch.entry, constants.join(" "));
             found.entry(name.trim().to_owned()).or_insert_with(|| Arc::new(launch));
         }
@@ -48,8 +49,8 @@ fn kernel(launch: &Launch) -> Result<Kernel, Failed> {
     }
     let constants = launch.constants.iter().map(|&(name, value)| (name.to_owned(), value)).collect();
     let entry = (ShaderStage::Compute, launch.entry.to_owned());
-    let (module, info) = process_overrides(&parsed, &info, Some((entry.0, &entry.1)), &constants)
-        .map_err(|error| error.to_string())?;
+    let (module, info) =
+        process_overrides(&parsed, &info, Some((entry.0, &entry.1)), &constants).map_err(|error| error.to_string())?;
     Ok(Kernel { module: module.into_owned(), info: info.into_owned(), entry })
 }
 
