@@ -24,7 +24,6 @@ impl Graph {
 }
 
 impl Accumulate {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let addend = io.floats(1)?;
         for (sum, &addend) in io.floats_out(0)?.iter_mut().zip(addend) {

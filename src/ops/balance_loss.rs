@@ -64,7 +64,6 @@ fn mix<R: Real>(logits: &[R], load: &[R]) -> (R, R, R) {
 }
 
 impl Balance {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let (logits, chosen) = (io.floats(0)?, io.ints(1)?);
         let (loss, load) = (io.floats_out(0)?, io.floats_out(1)?);
@@ -151,7 +150,6 @@ impl Op for Balance {
 }
 
 impl BalanceBackward {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let (logits, load, dloss) = (io.floats(0)?, io.floats(1)?, io.floats(2)?[0]);
         let experts = load.len();

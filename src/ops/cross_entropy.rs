@@ -52,7 +52,6 @@ fn index_range(classes: usize) -> Vec<IndexRange> {
 }
 
 impl CrossEntropy {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let (logits, labels) = (io.floats(0)?, io.ints(1)?);
         let classes = logits.len() / labels.len();
@@ -128,7 +127,6 @@ impl Op for CrossEntropy {
 }
 
 impl CrossEntropyBackward {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let (logits, labels, lse) = (io.floats(0)?, io.ints(1)?, io.floats(2)?);
         let (valid, dloss) = (io.floats(3)?[0], io.floats(4)?[0]);

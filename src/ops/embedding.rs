@@ -27,7 +27,6 @@ impl Graph {
 }
 
 impl Embedding {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let [rows, width] = dims_f32("embedding", "the table", io.input_type(0)?)?;
         let (table, ids) = (io.floats(0)?, io.ints(1)?);
@@ -86,7 +85,6 @@ impl Op for Embedding {
 }
 
 impl EmbeddingGradient {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let width = io.input_type(0)?.shape.last();
         let (dy, order, offsets) = (io.floats(0)?, io.ints(1)?, io.ints(2)?);

@@ -114,7 +114,6 @@ impl Op for RmsNorm {
 }
 
 impl InputGradient {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let (x, weight, inverse, dy) = (io.floats(0)?, io.floats(1)?, io.floats(2)?, io.floats(3)?);
         let n = weight.len();
@@ -162,7 +161,6 @@ impl Op for InputGradient {
 }
 
 impl WeightGradient {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let (x, inverse, dy) = (io.floats(0)?, io.floats(1)?, io.floats(2)?);
         let dw = io.floats_out(0)?;

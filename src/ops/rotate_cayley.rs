@@ -72,7 +72,6 @@ pub(crate) struct RotateCayley;
 struct RotateCayleyBackward;
 
 impl RotateCayley {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let rank = io.input_type(0)?.shape.last();
         let numbers = io.input_type(1)?.shape.last();
@@ -130,7 +129,6 @@ impl Op for RotateCayley {
 }
 
 impl RotateCayleyBackward {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let rank = io.input_type(0)?.shape.last();
         let numbers = io.input_type(1)?.shape.last();

@@ -40,7 +40,6 @@ pub(crate) struct RotateGivens;
 struct RotateGivensBackward;
 
 impl RotateGivens {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let rank = io.input_type(0)?.shape.last();
         let numbers = io.input_type(1)?.shape.last();
@@ -101,7 +100,6 @@ impl Op for RotateGivens {
 }
 
 impl RotateGivensBackward {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let rank = io.input_type(0)?.shape.last();
         let numbers = io.input_type(1)?.shape.last();

@@ -20,7 +20,6 @@ pub(crate) struct RotatePlanes;
 struct RotatePlanesBackward;
 
 impl RotatePlanes {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let rank = io.input_type(0)?.shape.last();
         let numbers = io.input_type(1)?.shape.last();
@@ -77,7 +76,6 @@ impl Op for RotatePlanes {
 }
 
 impl RotatePlanesBackward {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let rank = io.input_type(0)?.shape.last();
         let numbers = io.input_type(1)?.shape.last();

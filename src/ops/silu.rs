@@ -35,7 +35,6 @@ fn sigmoids<R: Real>(x: R) -> (R, R) {
 }
 
 impl Silu {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let x = io.floats(0)?;
         for (y, &x) in io.floats_out(0)?.iter_mut().zip(x) {
@@ -77,7 +76,6 @@ impl Op for Silu {
 }
 
 impl SiluBackward {
-    #[expect(clippy::unused_self, reason = "called through host_reference")]
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let (x, dy) = (io.floats(0)?, io.floats(1)?);
         for ((dx, &x), &dy) in io.floats_out(0)?.iter_mut().zip(x).zip(dy) {

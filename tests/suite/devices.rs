@@ -17,9 +17,12 @@ const NATIVE: &str = "dx12";
 #[cfg(not(any(target_os = "macos", target_os = "windows")))]
 const NATIVE: &str = "vulkan";
 
+/// Devices by backend and mode; `None` for one that is not there.
+type Opened = Mutex<HashMap<(String, bool), Option<Device>>>;
+
 /// The device of a backend, opened once; `None` where there is no adapter.
 fn device(backend: &str, checked: bool) -> Option<Device> {
-    static OPEN: OnceLock<Mutex<HashMap<(String, bool), Option<Device>>>> = OnceLock::new();
+    static OPEN: OnceLock<Opened> = OnceLock::new();
     let mut open = OPEN.get_or_init(Mutex::default).lock().expect("no test panics while it opens a device");
     open.entry((backend.to_owned(), checked)).or_insert_with(|| open_device(backend, checked)).clone()
 }

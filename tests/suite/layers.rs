@@ -164,7 +164,7 @@ fn a_gate_of_zero_is_moe_lora(device: &Device, rotation: Rotation) -> Result<(),
         Ok(session.run_reading(&[y])?.remove(0))
     };
     let with: Tensor = run(&|graph, x| Ok(rotated.forward(graph, x)?.output))?;
-    let mixture: MoeLora = rotated.mixture.clone();
+    let mixture: &MoeLora = &rotated.mixture;
     let without = run(&|graph, x| Ok(mixture.forward(graph, x)?.output))?;
     if with == without { Ok(()) } else { Err("they are not equal bit for bit".into()) }
 }
