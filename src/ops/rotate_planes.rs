@@ -1,114 +1,50 @@
 //! Rotations in planes: one angle for each pair of neighbouring coordinates.
 
-use rayon::prelude::*;
-
-use crate::device::{Capabilities, Launch, Launches, Slot};
-use crate::error::Result;
-use crate::graph::Backward;
-use crate::host_reference;
-use crate::ops::{HostIo, LaunchTypes, Op, Real, Rotation, expect_count, shader};
-use crate::tensor::TensorType;
+use crate::device::{Launch, Slot};
+use crate::ops::rotation::{Kind, RowGradient};
+use crate::ops::{Real, Rotation, shader};
 
 const WORKGROUP: usize = 64;
 
-/// Inputs: z `[rows, rank]`, generator `[rows, numbers]`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct RotatePlanes;
+pub(crate) struct Planes;
 
-/// Inputs: y (the gradient needs only the output, z is not kept), generator, dy. Outputs: dz, the gradient of the generator.
-#[derive(Clone, Copy, Debug)]
-struct RotatePlanesBackward;
+impl Kind for Planes {
+    const ROTATION: Rotation = Rotation::Planes;
+    const NAMES: [&'static str; 2] = ["rotate_planes", "rotate_planes_backward"];
+    const MAX_RANK: usize = usize::MAX;
+    const KEEPS_INPUT: bool = false;
 
-impl RotatePlanes {
-    fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        let rank = io.input_type(0)?.shape.last();
-        let numbers = io.input_type(1)?.shape.last();
-        let (z, generator) = (io.floats(0)?, io.floats(1)?);
-        let y = io.floats_out(0)?;
-        let rows = y.par_chunks_mut(rank).zip(z.par_chunks(rank)).zip(generator.par_chunks(numbers));
-        rows.for_each(|((y, z), p)| {
-            for ((y, z), &angle) in y.chunks_mut(2).zip(z.chunks(2)).zip(p) {
-                let (sin, cos) = angle.sin_cos();
-                y[0] = cos * z[0] - sin * z[1];
-                y[1] = sin * z[0] + cos * z[1];
-            }
-        });
-        Ok(())
-    }
-}
-
-impl Op for RotatePlanes {
-    fn name(&self) -> &'static str {
-        "rotate_planes"
-    }
-
-    fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
-        expect_count(self.name(), inputs, 2)?;
-        Rotation::Planes.sizes(self.name(), inputs)?;
-        Ok(vec![inputs[0].clone()])
-    }
-
-    fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
-        let Some(dy) = context.gradient(0) else { return Ok(()) };
-        let inputs = [context.output(0), context.input(1), dy];
-        let gradients = context.graph.apply(RotatePlanesBackward, &inputs)?;
-        for (input, gradient) in gradients.into_iter().enumerate() {
-            if context.wants(input) {
-                context.add(input, gradient)?;
-            }
+    fn rotate<R: Real>(z: &[R], generator: &[R], y: &mut [R]) {
+        for ((y, z), &angle) in y.chunks_mut(2).zip(z.chunks(2)).zip(generator) {
+            let (sin, cos) = angle.sin_cos();
+            y[0] = cos * z[0] - sin * z[1];
+            y[1] = sin * z[0] + cos * z[1];
         }
-        Ok(())
     }
 
-    fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let [rows, rank] = Rotation::Planes.sizes(self.name(), io.inputs)?;
+    fn gradient<R: Real>(row: RowGradient<'_, R>, dz: &mut [R], d_generator: &mut [R]) {
+        let RowGradient { generator, y, dy, .. } = row;
+        for (pair, (&angle, d_angle)) in generator.iter().zip(d_generator).enumerate() {
+            let (a, b) = (2 * pair, 2 * pair + 1);
+            let (sin, cos) = angle.sin_cos();
+            dz[a] = cos * dy[a] + sin * dy[b];
+            dz[b] = cos * dy[b] - sin * dy[a];
+            *d_angle = dy[b] * y[a] - dy[a] * y[b];
+        }
+    }
+
+    fn forward(rows: usize, rank: usize) -> (Launch, usize) {
         let pairs = rows * rank / 2;
         let launch = Launch::new(shader!("rotate_planes", "cos_sin"), "forward")
             .read(1, Slot::Input(1))
             .read(2, Slot::Input(0))
             .write(4, Slot::Output(0))
-            .param(pairs)
-            .folded(pairs.div_ceil(WORKGROUP), capabilities)?;
-        Ok(launch.into())
+            .param(pairs);
+        (launch, pairs.div_ceil(WORKGROUP))
     }
 
-    host_reference!();
-}
-
-impl RotatePlanesBackward {
-    fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        let rank = io.input_type(0)?.shape.last();
-        let numbers = io.input_type(1)?.shape.last();
-        let (y, generator, dy) = (io.floats(0)?, io.floats(1)?, io.floats(2)?);
-        let (dz, d_generator) = (io.floats_out(0)?, io.floats_out(1)?);
-        let outputs = dz.par_chunks_mut(rank).zip(d_generator.par_chunks_mut(numbers)).enumerate();
-        outputs.for_each(|(row, (dz, dp))| {
-            let here = row * rank..(row + 1) * rank;
-            let (y, dy) = (&y[here.clone()], &dy[here]);
-            let p = &generator[row * numbers..(row + 1) * numbers];
-            for (pair, (&angle, dp)) in p.iter().zip(dp).enumerate() {
-                let (a, b) = (2 * pair, 2 * pair + 1);
-                let (sin, cos) = angle.sin_cos();
-                dz[a] = cos * dy[a] + sin * dy[b];
-                dz[b] = cos * dy[b] - sin * dy[a];
-                *dp = dy[b] * y[a] - dy[a] * y[b];
-            }
-        });
-        Ok(())
-    }
-}
-
-impl Op for RotatePlanesBackward {
-    fn name(&self) -> &'static str {
-        "rotate_planes_backward"
-    }
-
-    fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
-        Rotation::Planes.backward_types(self.name(), inputs, 3)
-    }
-
-    fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let [rows, rank] = Rotation::Planes.sizes(self.name(), io.inputs)?;
+    fn backward(rows: usize, rank: usize) -> (Launch, usize) {
         let pairs = rows * rank / 2;
         let launch = Launch::new(shader!("rotate_planes", "cos_sin"), "backward")
             .read(1, Slot::Input(1))
@@ -116,10 +52,7 @@ impl Op for RotatePlanesBackward {
             .read(3, Slot::Input(2))
             .write(4, Slot::Output(0))
             .write(5, Slot::Output(1))
-            .param(pairs)
-            .folded(pairs.div_ceil(WORKGROUP), capabilities)?;
-        Ok(launch.into())
+            .param(pairs);
+        (launch, pairs.div_ceil(WORKGROUP))
     }
-
-    host_reference!();
 }
