@@ -191,7 +191,10 @@ impl Gpu {
     pub(crate) async fn map(&self, staging: &Buffer, bytes: u64, poll: bool) -> Result<Vec<u8>> {
         let slice = staging.raw().slice(0..bytes.next_multiple_of(4));
         let (sender, receiver) = crate::device::once::channel();
-        slice.map_async(wgpu::MapMode::Read, move |outcome| sender.send(outcome));
+        // On a lost device the buffer is invalid, and the callback may never be called: the scope returns first.
+        self.scoped("reading a buffer back", bytes, || {
+            slice.map_async(wgpu::MapMode::Read, move |outcome| sender.send(outcome));
+        })?;
         if poll {
             self.wait()?;
         }

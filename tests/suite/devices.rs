@@ -61,3 +61,15 @@ pub fn trials(name: &str, check: impl Fn(&Device) -> Result<(), Failed> + Clone 
     }
     trials
 }
+
+/// A test for every GPU backend that opens its device itself.
+pub fn backend_trials(name: &str, check: fn(&str) -> Result<(), Failed>) -> Vec<Trial> {
+    BACKENDS
+        .into_iter()
+        .filter(|&backend| backend != "cpu")
+        .map(|backend| {
+            let missing = device(backend, false).is_none();
+            Trial::test(format!("{name}::{backend}"), move || check(backend)).with_ignored_flag(missing)
+        })
+        .collect()
+}

@@ -6,8 +6,10 @@ mod cases;
 mod devices;
 mod golden;
 mod gradients;
+mod host;
 mod layers;
 mod metrics;
+mod mistakes;
 mod parity;
 mod rotation_facts;
 mod shaders;
@@ -21,7 +23,9 @@ fn main() {
         gradients::trials(),
         parity::trials(),
         golden::trials(),
+        host::trials(),
         layers::trials(),
+        mistakes::trials(),
         rotation_facts::trials(),
         shaders::trials(),
         training::trials(),
