@@ -3,7 +3,7 @@
 mod support;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use rankmix::ops::{AdamWConstants, Layout, Rotation, Routed, Segments};
+use rankmix::ops::{AdamWConstants, Layout, Rotation, Routed};
 use rankmix::{Graph, Init, Result, TensorType, Value};
 
 type Build = Box<dyn Fn(&mut Graph, &[Value]) -> Result<Vec<Value>>>;
@@ -39,11 +39,6 @@ fn with_gradient(build: impl Fn(&mut Graph, &[Value]) -> Result<Value> + 'static
 
 fn forward(build: impl Fn(&mut Graph, &[Value]) -> Result<Value> + 'static) -> Build {
     Box::new(move |graph, inputs| Ok(vec![build(graph, inputs)?]))
-}
-
-fn segments(graph: &mut Graph, experts: Value, count: usize) -> Result<Segments> {
-    let sorted = graph.sort_by_key(experts, count)?;
-    Ok(Segments { experts, order: sorted.order, offsets: sorted.offsets })
 }
 
 fn benches() -> Vec<Bench> {
@@ -116,7 +111,7 @@ fn benches() -> Vec<Bench> {
             work: elements(4096 * 8),
             build: Box::new(|g, v| {
                 let routed = g.route(v[0], 8, true)?;
-                Ok(vec![routed.gates, routed.pairs.order])
+                Ok(vec![routed.gates, routed.segments.order()])
             }),
         },
         Bench {
@@ -126,19 +121,27 @@ fn benches() -> Vec<Bench> {
             limit: 8,
             work: flop(2 * 2 * T * D * 16),
             build: forward(|g, v| {
-                let segments = segments(g, v[2], 8)?;
+                let segments = g.segments(v[2], 8)?;
                 g.shrink(v[0], v[1], Layout::OutIn, segments)
             }),
         },
         Bench {
             op: "expand",
             size: "1024pairs_8experts_16to1024_forward_backward_flop",
-            inputs: vec![f(&[2 * T, 16]), f(&[8, D, 16]), f(&[T, 2]), i(&[T, 2]), f(&[T, D])],
+            inputs: vec![
+                f(&[2 * T, 16]),
+                f(&[8, D, 16]),
+                f(&[T, 2]),
+                i(&[T, 2]),
+                f(&[T, D]),
+            ],
             limit: 8,
             work: flop(3 * 2 * 2 * T * D * 16),
             build: Box::new(|g, v| {
-                let pairs = g.sort_by_key(v[3], 8)?;
-                let routed = Routed { experts: v[3], gates: v[2], pairs };
+                let routed = Routed {
+                    gates: v[2],
+                    segments: g.segments(v[3], 8)?,
+                };
                 let y = g.expand(v[0], v[1], Layout::OutIn, routed, 2.0, None)?;
                 let mut outputs = g.gradients_from(&[(y, v[4])], &v[..3])?;
                 outputs.push(y);
@@ -233,8 +236,8 @@ fn run(criterion: &mut Criterion) {
         let mut group = criterion.benchmark_group(bench.op);
         group.throughput(bench.work.clone()).sample_size(20);
         for (label, device) in &devices {
-            let session =
-                support::session(device, &bench.inputs, bench.limit, &bench.build).expect("the bench's graph compiles");
+            let session = support::session(device, &bench.inputs, bench.limit, &bench.build)
+                .expect("the bench's graph compiles");
             support::time(&mut group, label, bench.size, session);
         }
         group.finish();

@@ -26,12 +26,26 @@ fn run(criterion: &mut Criterion) {
         .expect("the sizes suit the layer");
         let mut group = criterion.benchmark_group(format!("rotmole_{}", rotation.name()));
         // Multiply-adds of the base, twice: what everything else is measured against.
-        group.throughput(Throughput::Elements((2 * TOKENS * WIDTH * WIDTH) as u64)).sample_size(20);
-        let size = format!("{TOKENS}tokens_{WIDTH}to{WIDTH}_rank{RANK}_{EXPERTS}experts_top{TOP_K}_base_flop");
-        let types = [TensorType::f32([TOKENS, WIDTH]), TensorType::f32([TOKENS, WIDTH])];
+        group
+            .throughput(Throughput::Elements((2 * TOKENS * WIDTH * WIDTH) as u64))
+            .sample_size(20);
+        let size = format!(
+            "{TOKENS}tokens_{WIDTH}to{WIDTH}_rank{RANK}_{EXPERTS}experts_top{TOP_K}_base_flop"
+        );
+        let types = [
+            TensorType::f32([TOKENS, WIDTH]),
+            TensorType::f32([TOKENS, WIDTH]),
+        ];
         for (label, device) in &devices {
-            let forward = support::session(device, &types[..1], 1, |g, v| Ok(vec![layer.forward(g, v[0])?.output]));
-            support::time(&mut group, label, &format!("forward/{size}"), forward.expect("the layer compiles"));
+            let forward = support::session(device, &types[..1], 1, |g, v| {
+                Ok(vec![layer.forward(g, v[0])?.output])
+            });
+            support::time(
+                &mut group,
+                label,
+                &format!("forward/{size}"),
+                forward.expect("the layer compiles"),
+            );
             let step = support::session(device, &types, 1, |g, v| {
                 let output = layer.forward(g, v[0])?.output;
                 let wanted: Vec<_> = [v[0]].into_iter().chain(g.trainable()).collect();
@@ -39,7 +53,12 @@ fn run(criterion: &mut Criterion) {
                 outputs.push(output);
                 Ok(outputs)
             });
-            support::time(&mut group, label, &format!("forward_backward/{size}"), step.expect("the layer compiles"));
+            support::time(
+                &mut group,
+                label,
+                &format!("forward_backward/{size}"),
+                step.expect("the layer compiles"),
+            );
         }
         group.finish();
     }

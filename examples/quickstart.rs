@@ -26,8 +26,20 @@ fn main() -> Result<()> {
     let store = ParameterStore::new(&device);
     store.initialize(&graph, 42)?;
     let mut session = graph.compile(&store)?;
-    session.set("x", &Tensor::f32([64, 256], (0..64 * 256).map(|i| (i as f32 * 0.1).sin()).collect())?)?;
-    session.set("target", &Tensor::f32([64, 128], (0..64 * 128).map(|i| (i as f32 * 0.3).cos()).collect())?)?;
+    session.set(
+        "x",
+        &Tensor::f32(
+            [64, 256],
+            (0..64 * 256).map(|i| (i as f32 * 0.1).sin()).collect(),
+        )?,
+    )?;
+    session.set(
+        "target",
+        &Tensor::f32(
+            [64, 128],
+            (0..64 * 128).map(|i| (i as f32 * 0.3).cos()).collect(),
+        )?,
+    )?;
     println!("{}", device.name());
     for step in 0..5 {
         optimizer.prepare(&mut session, 1e-2)?;

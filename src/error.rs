@@ -59,7 +59,9 @@ pub enum Error {
     },
 
     /// A session was asked for a value that it does not keep.
-    #[error("{value} is not an output of this session: mark it with `Graph::output` before compiling")]
+    #[error(
+        "{value} is not an output of this session: mark it with `Graph::output` before compiling"
+    )]
     NotKept {
         /// The value, by name.
         value: String,
@@ -196,10 +198,21 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
     pub(crate) fn shape(op: &'static str, reason: impl Into<String>) -> Self {
-        Self::Shape { op, reason: reason.into() }
+        Self::Shape {
+            op,
+            reason: reason.into(),
+        }
     }
 
-    pub(crate) fn setting(setting: &'static str, value: impl ToString, reason: impl Into<String>) -> Self {
-        Self::Setting { setting, value: value.to_string(), reason: reason.into() }
+    pub(crate) fn setting(
+        setting: &'static str,
+        value: impl ToString,
+        reason: impl Into<String>,
+    ) -> Self {
+        Self::Setting {
+            setting,
+            value: value.to_string(),
+            reason: reason.into(),
+        }
     }
 }

@@ -9,7 +9,9 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::TensorFile;
 use crate::graph::{Graph, ParameterStore, Value};
-use crate::layers::{AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, RoutedOutput, RouterOptions};
+use crate::layers::{
+    AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, RoutedOutput, RouterOptions,
+};
 use crate::ops::Rotation;
 use crate::tensor::{Tensor, TensorType};
 
@@ -82,10 +84,19 @@ fn errors(got: &Tensor, want: &Tensor) -> (f64, f64) {
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
     let largest = |values: &mut dyn Iterator<Item = f64>| values.map(f64::abs).fold(0.0, f64::max);
     let difference = || got.iter().zip(&want).map(|(g, w)| g - w);
-    let ratio = |difference: f64, size: f64| if difference == 0.0 { 0.0 } else { difference / size };
+    let ratio = |difference: f64, size: f64| {
+        if difference == 0.0 {
+            0.0
+        } else {
+            difference / size
+        }
+    };
     (
         ratio(norm(&mut difference()), norm(&mut want.iter().copied())),
-        ratio(largest(&mut difference()), largest(&mut want.iter().copied())),
+        ratio(
+            largest(&mut difference()),
+            largest(&mut want.iter().copied()),
+        ),
     )
 }
 
@@ -96,7 +107,10 @@ impl GoldenCase {
     /// [`Error::File`] or [`Error::Format`] if it cannot be read or is not a golden case of a known layer.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+        let bytes = std::fs::read(path).map_err(|source| Error::File {
+            path: path.to_owned(),
+            source,
+        })?;
         Self::parse(&bytes, path)
     }
 
@@ -105,7 +119,10 @@ impl GoldenCase {
     /// # Errors
     /// [`Error::Format`] if it is not a golden case of a known layer.
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
-        let wrong = |reason: String| Error::Format { path: path.to_owned(), reason };
+        let wrong = |reason: String| Error::Format {
+            path: path.to_owned(),
+            reason,
+        };
         let file = TensorFile::parse(bytes, path)?;
         let entry = |name: &str| {
             file.metadata
@@ -115,15 +132,26 @@ impl GoldenCase {
         };
         let layer = entry("layer")?;
         if !["lora", "moe_lora", "rotmole"].contains(&layer.as_str()) {
-            return Err(wrong(format!("the layer `{layer}` is unknown; lora, moe_lora and rotmole can be replayed")));
+            return Err(wrong(format!(
+                "the layer `{layer}` is unknown; lora, moe_lora and rotmole can be replayed"
+            )));
         }
         let config: Config = serde_json::from_str(&entry("config")?)
             .map_err(|error| wrong(format!("the metadata's config: {error}")))?;
         for name in ["input.x", "grad.output", "expect.output"] {
-            file.tensor(name).map_err(|error| wrong(error.to_string()))?;
+            file.tensor(name)
+                .map_err(|error| wrong(error.to_string()))?;
         }
-        let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-        Ok(Self { name, layer, config, file })
+        let name = path
+            .file_stem()
+            .map(|stem| stem.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        Ok(Self {
+            name,
+            layer,
+            config,
+            file,
+        })
     }
 
     /// Runs the case forward and backward on a device and compares everything that it expects.
@@ -151,7 +179,9 @@ impl GoldenCase {
         let mut seeds = vec![(output, upstream)];
         let mut expected = vec![("expect.output".to_owned(), output)];
         if let Some(routed) = routed {
-            let balance = graph.balance_loss(routed.logits, routed.routed.experts)?.loss;
+            let balance = graph
+                .balance_loss(routed.logits, routed.routed.experts())?
+                .loss;
             let z = graph.z_loss(routed.logits)?;
             for (loss, coefficient) in [(balance, config.balance_coef), (z, config.z_coef)] {
                 let coefficient = graph.constant(Tensor::scalar(coefficient))?;
@@ -162,7 +192,7 @@ impl GoldenCase {
             let second = graph.constant(Tensor::f32([2], vec![0.0, 1.0])?)?;
             let (first, second) = (graph.mul(first, balance)?, graph.mul(second, z)?);
             expected.push(("expect.aux".to_owned(), graph.add(first, second)?));
-            expected.push(("expect.experts".to_owned(), routed.routed.experts));
+            expected.push(("expect.experts".to_owned(), routed.routed.experts()));
         }
         let store = ParameterStore::new(device);
         let mut wanted = vec![("expect.grad.input.x".to_owned(), x)];
@@ -170,7 +200,10 @@ impl GoldenCase {
             if let Some(parameter) = name.strip_prefix("param.") {
                 let full = format!("{LAYER}.{parameter}");
                 store.insert(&full, tensor)?;
-                wanted.push((format!("expect.grad.param.{parameter}"), graph.named(&full)?));
+                wanted.push((
+                    format!("expect.grad.param.{parameter}"),
+                    graph.named(&full)?,
+                ));
             }
         }
         let values: Vec<Value> = wanted.iter().map(|&(_, value)| value).collect();
@@ -184,7 +217,11 @@ impl GoldenCase {
         session.poison()?;
         session.write(x, self.file.tensor("input.x")?)?;
         let values: Vec<Value> = expected.iter().map(|&(_, value)| value).collect();
-        let results = if block { session.run_reading(&values)? } else { session.run_reading_async(&values).await? };
+        let results = if block {
+            session.run_reading(&values)?
+        } else {
+            session.run_reading_async(&values).await?
+        };
         self.compare(&expected, &results)
     }
 
@@ -196,9 +233,8 @@ impl GoldenCase {
         let routed = match self.layer.as_str() {
             "lora" => return Ok((Lora::new(base, options)?.forward(graph, x)?, None)),
             "moe_lora" => MoeLora::new(base, options, router)?.forward(graph, x)?,
-            _ => {
-                RotMole::with_rotation(base, options, router, config.rotation, config.gate_input)?.forward(graph, x)?
-            }
+            _ => RotMole::with_rotation(base, options, router, config.rotation, config.gate_input)?
+                .forward(graph, x)?,
         };
         Ok((routed.output, Some(routed)))
     }

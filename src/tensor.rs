@@ -43,8 +43,11 @@ impl Shape {
     #[must_use]
     pub fn broadcast(&self, other: &Self) -> Option<Self> {
         let rank = self.rank().max(other.rank());
-        let extent =
-            |shape: &Self, axis: usize| (axis + shape.rank()).checked_sub(rank).map_or(1, |inner| shape.0[inner]);
+        let extent = |shape: &Self, axis: usize| {
+            (axis + shape.rank())
+                .checked_sub(rank)
+                .map_or(1, |inner| shape.0[inner])
+        };
         (0..rank)
             .map(|axis| match (extent(self, axis), extent(other, axis)) {
                 (a, b) if a == b || b == 1 => Some(a),
@@ -127,12 +130,18 @@ pub struct TensorType {
 impl TensorType {
     /// A tensor of 32-bit floats.
     pub fn f32(shape: impl Into<Shape>) -> Self {
-        Self { shape: shape.into(), dtype: DType::F32 }
+        Self {
+            shape: shape.into(),
+            dtype: DType::F32,
+        }
     }
 
     /// A tensor of 32-bit integers.
     pub fn i32(shape: impl Into<Shape>) -> Self {
-        Self { shape: shape.into(), dtype: DType::I32 }
+        Self {
+            shape: shape.into(),
+            dtype: DType::I32,
+        }
     }
 
     /// The extents, outermost first.
@@ -218,13 +227,19 @@ impl Tensor {
             DType::F64 => TensorData::F64(vec![0.0; count]),
             DType::I32 => TensorData::I32(vec![0; count]),
         };
-        Self { shape: ty.shape.clone(), data }
+        Self {
+            shape: ty.shape.clone(),
+            data,
+        }
     }
 
     /// A scalar.
     #[must_use]
     pub fn scalar(value: f32) -> Self {
-        Self { shape: Shape::default(), data: TensorData::F32(vec![value]) }
+        Self {
+            shape: Shape::default(),
+            data: TensorData::F32(vec![value]),
+        }
     }
 
     /// A tensor from its parts.
@@ -237,9 +252,15 @@ impl Tensor {
             TensorData::F64(data) => data.len(),
             TensorData::I32(data) => data.len(),
         };
-        let expected = shape.dims().iter().try_fold(1_usize, |product, &extent| product.checked_mul(extent));
+        let expected = shape
+            .dims()
+            .iter()
+            .try_fold(1_usize, |product, &extent| product.checked_mul(extent));
         if expected != Some(count) {
-            return Err(Error::shape("tensor", format!("shape {shape} does not hold {count} elements")));
+            return Err(Error::shape(
+                "tensor",
+                format!("shape {shape} does not hold {count} elements"),
+            ));
         }
         Ok(Self { shape, data })
     }
@@ -269,19 +290,30 @@ impl Tensor {
     /// Shape and element type together.
     #[must_use]
     pub fn ty(&self) -> TensorType {
-        TensorType { shape: self.shape.clone(), dtype: self.dtype() }
+        TensorType {
+            shape: self.shape.clone(),
+            dtype: self.dtype(),
+        }
     }
 
     /// The elements as 32-bit floats, if that is what they are.
     #[must_use]
     pub fn as_f32(&self) -> Option<&[f32]> {
-        if let TensorData::F32(data) = &self.data { Some(data) } else { None }
+        if let TensorData::F32(data) = &self.data {
+            Some(data)
+        } else {
+            None
+        }
     }
 
     /// The elements as 32-bit integers, if that is what they are.
     #[must_use]
     pub fn as_i32(&self) -> Option<&[i32]> {
-        if let TensorData::I32(data) = &self.data { Some(data) } else { None }
+        if let TensorData::I32(data) = &self.data {
+            Some(data)
+        } else {
+            None
+        }
     }
 
     /// The elements converted to 32-bit floats.

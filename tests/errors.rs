@@ -24,24 +24,59 @@ fn base() -> Linear {
 #[test]
 fn wrong_shapes_are_refused_when_the_graph_is_built() {
     let mut graph = Graph::new();
-    let a = graph.input("a", TensorType::f32([2, 3])).expect("a name of its own");
-    let b = graph.input("b", TensorType::f32([4, 5])).expect("a name of its own");
-    assert_error!(graph.matmul(a, b), Error::Shape { .. }, "matmul", "[2, 3]", "[4, 5]");
+    let a = graph
+        .input("a", TensorType::f32([2, 3]))
+        .expect("a name of its own");
+    let b = graph
+        .input("b", TensorType::f32([4, 5]))
+        .expect("a name of its own");
+    assert_error!(
+        graph.matmul(a, b),
+        Error::Shape { .. },
+        "matmul",
+        "[2, 3]",
+        "[4, 5]"
+    );
     assert_error!(graph.add(a, b), Error::Shape { .. }, "add", "broadcast");
     assert_error!(graph.reshape(a, [7]), Error::Shape { .. }, "reshape", "[7]");
     assert_error!(graph.sum(a, &[2]), Error::Shape { .. }, "axis 2");
-    assert_error!(graph.rotate(Rotation::Planes, b, a), Error::Setting { .. }, "rank = 5", "even");
+    assert_error!(
+        graph.rotate(Rotation::Planes, b, a),
+        Error::Setting { .. },
+        "rank = 5",
+        "even"
+    );
     let lora = Lora::new(base(), AdapterOptions::new(2, 4.0)).expect("a sound layer");
-    assert_error!(lora.forward(&mut graph, a), Error::Shape { .. }, "matmul", "[2, 3]", "[4, 6]");
-    assert_error!(graph.input("c", TensorType::f32([0, 3])), Error::Setting { .. }, "at least 1");
-    assert_error!(graph.input("c", TensorType::f32([1 << 20, 1 << 20])), Error::Limit { .. }, "2147483647");
-    assert_error!(graph.input("a", TensorType::f32([1])), Error::DuplicateName { .. }, "`a`");
+    assert_error!(
+        lora.forward(&mut graph, a),
+        Error::Shape { .. },
+        "matmul",
+        "[2, 3]",
+        "[4, 6]"
+    );
+    assert_error!(
+        graph.input("c", TensorType::f32([0, 3])),
+        Error::Setting { .. },
+        "at least 1"
+    );
+    assert_error!(
+        graph.input("c", TensorType::f32([1 << 20, 1 << 20])),
+        Error::Limit { .. },
+        "2147483647"
+    );
+    assert_error!(
+        graph.input("a", TensorType::f32([1])),
+        Error::DuplicateName { .. },
+        "`a`"
+    );
 }
 
 #[test]
 fn values_of_another_graph_are_refused() {
     let (mut one, mut other) = (Graph::new(), Graph::new());
-    let foreign = other.input("x", TensorType::f32([2])).expect("a name of its own");
+    let foreign = other
+        .input("x", TensorType::f32([2]))
+        .expect("a name of its own");
     assert_error!(one.square(foreign), Error::ForeignValue { .. }, "square");
 }
 
@@ -49,8 +84,14 @@ fn values_of_another_graph_are_refused() {
 fn layers_refuse_settings_that_make_no_sense() {
     let options = AdapterOptions::new(3, 6.0);
     let router = RouterOptions::new(4, 2);
-    assert_error!(RotMole::new(base(), options, router), Error::Setting { .. }, "rank = 3", "even");
-    let odd = |rotation| RotMole::with_rotation(base(), options, router, rotation, GateInput::Latent);
+    assert_error!(
+        RotMole::new(base(), options, router),
+        Error::Setting { .. },
+        "rank = 3",
+        "even"
+    );
+    let odd =
+        |rotation| RotMole::with_rotation(base(), options, router, rotation, GateInput::Latent);
     assert!(odd(Rotation::Givens).is_ok() && odd(Rotation::Cayley).is_ok());
     assert_error!(
         MoeLora::new(base(), options, RouterOptions::new(4, 5)),
@@ -58,26 +99,57 @@ fn layers_refuse_settings_that_make_no_sense() {
         "top_k = 5",
         "4 experts"
     );
-    assert_error!(MoeLora::new(base(), options, RouterOptions::new(4, 0)), Error::Setting { .. }, "top_k = 0");
-    assert_error!(MoeLora::new(base(), options, RouterOptions::new(0, 0)), Error::Setting { .. }, "experts = 0");
-    assert_error!(Lora::new(base(), AdapterOptions::new(0, 1.0)), Error::Setting { .. }, "rank = 0");
-    assert_error!("spin".parse::<Rotation>(), Error::Setting { .. }, "spin", "planes, givens and cayley");
+    assert_error!(
+        MoeLora::new(base(), options, RouterOptions::new(4, 0)),
+        Error::Setting { .. },
+        "top_k = 0"
+    );
+    assert_error!(
+        MoeLora::new(base(), options, RouterOptions::new(0, 0)),
+        Error::Setting { .. },
+        "experts = 0"
+    );
+    assert_error!(
+        Lora::new(base(), AdapterOptions::new(0, 1.0)),
+        Error::Setting { .. },
+        "rank = 0"
+    );
+    assert_error!(
+        "spin".parse::<Rotation>(),
+        Error::Setting { .. },
+        "spin",
+        "planes, givens and cayley"
+    );
     let mut graph = Graph::new();
-    let logits = graph.input("logits", TensorType::f32([3, 4])).expect("a name of its own");
-    assert_error!(graph.route(logits, 5, true), Error::Setting { .. }, "top_k = 5", "4 experts");
+    let logits = graph
+        .input("logits", TensorType::f32([3, 4]))
+        .expect("a name of its own");
+    assert_error!(
+        graph.route(logits, 5, true),
+        Error::Setting { .. },
+        "top_k = 5",
+        "4 experts"
+    );
 }
 
 #[test]
 fn labels_and_ids_are_checked_when_they_are_written() {
     let mut graph = Graph::new();
-    let logits = graph.input("logits", TensorType::f32([3, 4])).expect("a name of its own");
-    let labels = graph.input("labels", TensorType::i32([3])).expect("a name of its own");
+    let logits = graph
+        .input("logits", TensorType::f32([3, 4]))
+        .expect("a name of its own");
+    let labels = graph
+        .input("labels", TensorType::i32([3]))
+        .expect("a name of its own");
     let loss = graph.cross_entropy(logits, labels).expect("the shapes fit");
     graph.output(loss).expect("a value of this graph");
     let store = ParameterStore::new(&Device::cpu());
     let mut session = graph.compile(&store).expect("no parameters are needed");
     let write = |session: &mut rankmix::Session, labels: [i32; 3]| {
-        session.set("labels", &Tensor::i32([3], labels.to_vec()).expect("3 labels"))
+        session.set(
+            "labels",
+            &Tensor::i32([3], labels.to_vec()).expect("3 labels"),
+        )
     };
     assert_error!(
         write(&mut session, [0, 4, 1]),
@@ -87,72 +159,169 @@ fn labels_and_ids_are_checked_when_they_are_written() {
         "0..4",
         "-100"
     );
-    assert_error!(write(&mut session, [0, 1, -1]), Error::IndexOutOfRange { .. }, "element 2 is -1");
+    assert_error!(
+        write(&mut session, [0, 1, -1]),
+        Error::IndexOutOfRange { .. },
+        "element 2 is -1"
+    );
     assert!(write(&mut session, [0, 3, -100]).is_ok());
     assert_error!(session.run(), Error::MissingInput { .. }, "`logits`");
     let wrong = Tensor::f32([4, 3], vec![0.0; 12]).expect("12 elements");
-    assert_error!(session.set("logits", &wrong), Error::TypeMismatch { .. }, "f32[3, 4]", "f32[4, 3]");
-    assert_error!(session.set("logit", &wrong), Error::UnknownName { .. }, "`logit`");
+    assert_error!(
+        session.set("logits", &wrong),
+        Error::TypeMismatch { .. },
+        "f32[3, 4]",
+        "f32[4, 3]"
+    );
+    assert_error!(
+        session.set("logit", &wrong),
+        Error::UnknownName { .. },
+        "`logit`"
+    );
     let right = Tensor::f32([3, 4], vec![0.0; 12]).expect("12 elements");
     session.set("logits", &right).expect("the declared shape");
-    let loss = session.run_reading(&[loss]).expect("all inputs are there")[0].item().expect("a scalar");
+    let loss = session.run_reading(&[loss]).expect("all inputs are there")[0]
+        .item()
+        .expect("a scalar");
     assert!((loss - 4.0_f64.ln()).abs() < 1e-6, "{loss}");
-    assert_error!(session.read(logits), Error::NotKept { .. }, "`logits`", "Graph::output");
+    assert_error!(
+        session.read(logits),
+        Error::NotKept { .. },
+        "`logits`",
+        "Graph::output"
+    );
 }
 
 #[test]
 fn a_device_that_is_not_there_is_named_with_those_that_are() {
-    let open = |request: &str| Device::open_with(&DeviceOptions { request: Some(request.to_owned()), checked: false });
-    assert_error!(open("abacus"), Error::UnknownDevice { .. }, "`abacus`", "cpu");
-    let missing = if cfg!(target_os = "macos") { "dx12" } else { "metal" };
-    assert!(matches!(open(missing), Err(Error::NoAdapter { .. })), "{:?}", open(missing));
-    assert_eq!(open("CPU").expect("there is always a CPU").name(), "CPU executor (f32)");
+    let open = |request: &str| {
+        Device::open_with(&DeviceOptions {
+            request: Some(request.to_owned()),
+            checked: false,
+        })
+    };
+    assert_error!(
+        open("abacus"),
+        Error::UnknownDevice { .. },
+        "`abacus`",
+        "cpu"
+    );
+    let missing = if cfg!(target_os = "macos") {
+        "dx12"
+    } else {
+        "metal"
+    };
+    assert!(
+        matches!(open(missing), Err(Error::NoAdapter { .. })),
+        "{:?}",
+        open(missing)
+    );
+    assert_eq!(
+        open("CPU").expect("there is always a CPU").name(),
+        "CPU executor (f32)"
+    );
 }
 
 #[test]
 fn parameters_are_checked_against_the_store() {
     let store = ParameterStore::new(&Device::cpu());
     let mut graph = Graph::new();
-    let w = graph.parameter("w", [2, 3], Init::Provided, true).expect("a name of its own");
+    let w = graph
+        .parameter("w", [2, 3], Init::Provided, true)
+        .expect("a name of its own");
     let loss = graph.sum_all(w).expect("floats");
     graph.output(loss).expect("a value of this graph");
-    assert_error!(graph.compile(&store), Error::UnknownName { .. }, "parameter", "`w`");
-    assert_error!(store.initialize(&graph, 0), Error::UnknownName { .. }, "provided", "`w`");
-    store.insert("w", &Tensor::f32([3, 2], vec![0.0; 6]).expect("6 elements")).expect("floats");
-    assert_error!(graph.compile(&store), Error::TypeMismatch { .. }, "`w`", "f32[2, 3]", "f32[3, 2]");
-    assert_error!(graph.parameter("w", [9], Init::Zeros, true), Error::DuplicateName { .. }, "`w`", "f32[9]");
-    let x = graph.input("x", TensorType::f32([2])).expect("a name of its own");
+    assert_error!(
+        graph.compile(&store),
+        Error::UnknownName { .. },
+        "parameter",
+        "`w`"
+    );
+    assert_error!(
+        store.initialize(&graph, 0),
+        Error::UnknownName { .. },
+        "provided",
+        "`w`"
+    );
+    store
+        .insert("w", &Tensor::f32([3, 2], vec![0.0; 6]).expect("6 elements"))
+        .expect("floats");
+    assert_error!(
+        graph.compile(&store),
+        Error::TypeMismatch { .. },
+        "`w`",
+        "f32[2, 3]",
+        "f32[3, 2]"
+    );
+    assert_error!(
+        graph.parameter("w", [9], Init::Zeros, true),
+        Error::DuplicateName { .. },
+        "`w`",
+        "f32[9]"
+    );
+    let x = graph
+        .input("x", TensorType::f32([2]))
+        .expect("a name of its own");
     assert_error!(graph.gradients(loss, &[x]), Error::NoPath { .. }, "`x`");
     let square = graph.square(w).expect("floats");
-    assert_error!(graph.backward(square), Error::Shape { .. }, "f32[2, 3]", "one float");
+    assert_error!(
+        graph.backward(square),
+        Error::Shape { .. },
+        "f32[2, 3]",
+        "one float"
+    );
 }
 
 #[test]
 fn optimisers_refuse_constants_that_make_no_sense() {
     let mut graph = Graph::new();
-    let w = graph.parameter("w", [2], Init::Ones, true).expect("a name of its own");
+    let w = graph
+        .parameter("w", [2], Init::Ones, true)
+        .expect("a name of its own");
     let loss = graph.sum_all(w).expect("floats");
     let gradients = graph.backward(loss).expect("a scalar");
     let mut adamw = AdamW::default();
     adamw.constants.beta2 = 1.0;
-    assert_error!(adamw.add_to(&mut graph, &gradients), Error::Setting { .. }, "beta2 = 1");
-    let adamw = AdamW { max_norm: Some(0.0), ..AdamW::default() };
-    assert_error!(adamw.add_to(&mut graph, &gradients), Error::Setting { .. }, "max_norm = 0");
+    assert_error!(
+        adamw.add_to(&mut graph, &gradients),
+        Error::Setting { .. },
+        "beta2 = 1"
+    );
+    let adamw = AdamW {
+        max_norm: Some(0.0),
+        ..AdamW::default()
+    };
+    assert_error!(
+        adamw.add_to(&mut graph, &gradients),
+        Error::Setting { .. },
+        "max_norm = 0"
+    );
 }
 
 #[test]
 fn reading_a_parameter_after_its_update_is_refused() {
     let mut graph = Graph::new();
-    let w = graph.parameter("w", [2], Init::Ones, true).expect("a name of its own");
+    let w = graph
+        .parameter("w", [2], Init::Ones, true)
+        .expect("a name of its own");
     let square = graph.square(w).expect("floats");
     let loss = graph.sum_all(square).expect("floats");
     let gradients = graph.backward(loss).expect("a scalar");
-    AdamW::default().add_to(&mut graph, &gradients).expect("sound constants");
+    AdamW::default()
+        .add_to(&mut graph, &gradients)
+        .expect("sound constants");
     let late = graph.sum_all(w).expect("floats");
     graph.output(late).expect("a value of this graph");
     let store = ParameterStore::new(&Device::cpu());
-    store.initialize(&graph, 0).expect("all parameters start somewhere");
-    assert_error!(graph.compile(&store), Error::Shape { .. }, "`w`", "after an update");
+    store
+        .initialize(&graph, 0)
+        .expect("all parameters start somewhere");
+    assert_error!(
+        graph.compile(&store),
+        Error::Shape { .. },
+        "`w`",
+        "after an update"
+    );
 }
 
 #[test]
@@ -161,24 +330,46 @@ fn damaged_files_are_refused_and_failed_writes_leave_the_old_file() {
     let path = folder.path().join("x.safetensors");
     assert!(matches!(TensorFile::read(&path), Err(Error::File { .. })));
     let mut file = TensorFile::default();
-    file.tensors.insert("a".to_owned(), Tensor::f32([2, 3], vec![1.0; 6]).expect("6 elements"));
+    file.tensors.insert(
+        "a".to_owned(),
+        Tensor::f32([2, 3], vec![1.0; 6]).expect("6 elements"),
+    );
     file.write(&path).expect("the folder can be written to");
     assert_eq!(TensorFile::read(&path).expect("it was just written"), file);
     let bytes = std::fs::read(&path).expect("it was just written");
     for end in [0, 4, 8, 20, bytes.len() - 1] {
         std::fs::write(&path, &bytes[..end]).expect("the folder can be written to");
-        assert!(matches!(TensorFile::read(&path), Err(Error::Format { .. })), "cut off at {end}");
+        assert!(
+            matches!(TensorFile::read(&path), Err(Error::Format { .. })),
+            "cut off at {end}"
+        );
     }
     std::fs::write(&path, [0xff; 64]).expect("the folder can be written to");
-    assert!(matches!(TensorFile::read(&path), Err(Error::Format { .. })), "a lying header");
+    assert!(
+        matches!(TensorFile::read(&path), Err(Error::Format { .. })),
+        "a lying header"
+    );
     std::fs::write(&path, &bytes).expect("the folder can be written to");
-    assert_error!(GoldenCase::read(&path), Error::Format { .. }, "x.safetensors", "layer");
+    assert_error!(
+        GoldenCase::read(&path),
+        Error::Format { .. },
+        "x.safetensors",
+        "layer"
+    );
     let missing = folder.path().join("no/such/folder/x.safetensors");
     assert!(matches!(file.write(missing), Err(Error::File { .. })));
     assert_eq!(TensorFile::read(&path).expect("it is as it was"), file);
 
     let store = ParameterStore::new(&Device::cpu());
-    store.insert("a", &Tensor::f32([3, 2], vec![5.0; 6]).expect("6 elements")).expect("floats");
-    assert_error!(store.load(&path), Error::TypeMismatch { .. }, "`a`", "[3, 2]", "[2, 3]");
+    store
+        .insert("a", &Tensor::f32([3, 2], vec![5.0; 6]).expect("6 elements"))
+        .expect("floats");
+    assert_error!(
+        store.load(&path),
+        Error::TypeMismatch { .. },
+        "`a`",
+        "[3, 2]",
+        "[2, 3]"
+    );
     assert_eq!(store.read("a").expect("it is there").to_f32(), [5.0; 6]);
 }

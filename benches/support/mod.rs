@@ -6,8 +6,11 @@ use rankmix::{DType, Device, Graph, ParameterStore, Result, Session, Tensor, Ten
 
 /// The GPU that `Device::open` would take, if there is one, and the CPU.
 pub fn devices() -> Vec<(&'static str, Device)> {
-    let opened = Device::open().ok().filter(|device| device.adapter().is_some());
-    let mut devices: Vec<(&'static str, Device)> = opened.map(|device| ("gpu", device)).into_iter().collect();
+    let opened = Device::open()
+        .ok()
+        .filter(|device| device.adapter().is_some());
+    let mut devices: Vec<(&'static str, Device)> =
+        opened.map(|device| ("gpu", device)).into_iter().collect();
     if let Some((_, gpu)) = devices.first() {
         eprintln!("gpu is {}", gpu.name());
     }
@@ -19,8 +22,16 @@ pub fn devices() -> Vec<(&'static str, Device)> {
 pub fn ramp(ty: &TensorType, limit: usize) -> Tensor {
     let count = ty.elements();
     let made = match ty.dtype {
-        DType::I32 => Tensor::i32(&ty.shape, (0..count).map(|i| (i * 7919 % limit) as i32).collect()),
-        _ => Tensor::f32(&ty.shape, (0..count).map(|i| (i as f32 * 0.618_034).fract() - 0.5).collect()),
+        DType::I32 => Tensor::i32(
+            &ty.shape,
+            (0..count).map(|i| (i * 7919 % limit) as i32).collect(),
+        ),
+        _ => Tensor::f32(
+            &ty.shape,
+            (0..count)
+                .map(|i| (i as f32 * 0.618_034).fract() - 0.5)
+                .collect(),
+        ),
     };
     made.expect("as many elements as the shape says")
 }
@@ -51,7 +62,12 @@ pub fn session(
 }
 
 /// Times synchronised runs.
-pub fn time(group: &mut BenchmarkGroup<'_, WallTime>, device: &str, size: &str, mut session: Session) {
+pub fn time(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    device: &str,
+    size: &str,
+    mut session: Session,
+) {
     group.bench_function(BenchmarkId::new(device, size), |bencher| {
         bencher.iter(|| {
             session.run().expect("a session that compiled runs");

@@ -88,47 +88,88 @@ fn adapters(options: &Options) -> Result<Vec<Adapter>, rankmix::Error> {
         GateOn::Input => GateInput::Input,
         GateOn::Latent => GateInput::Latent,
     };
-    let gate_width = if gate_input == GateInput::Input { WIDTH } else { rank };
-    let target = mixture_elements(rank, experts) + experts * options.rotation.numbers(rank)? * gate_width;
-    let nearest =
-        |elements: &dyn Fn(usize) -> usize| (1..=4 * WIDTH).min_by_key(|&r| elements(r).abs_diff(target)).unwrap_or(1);
+    let gate_width = if gate_input == GateInput::Input {
+        WIDTH
+    } else {
+        rank
+    };
+    let target =
+        mixture_elements(rank, experts) + experts * options.rotation.numbers(rank)? * gate_width;
+    let nearest = |elements: &dyn Fn(usize) -> usize| {
+        (1..=4 * WIDTH)
+            .min_by_key(|&r| elements(r).abs_diff(target))
+            .unwrap_or(1)
+    };
     let lora_rank = nearest(&lora_elements);
     let mixture_rank = nearest(&|r| mixture_elements(r, experts));
-    let mut adapters = vec![Adapter::Lora { rank: lora_rank }, Adapter::MoeLora { rank: mixture_rank, router }];
+    let mut adapters = vec![
+        Adapter::Lora { rank: lora_rank },
+        Adapter::MoeLora {
+            rank: mixture_rank,
+            router,
+        },
+    ];
     if mixture_rank != rank {
         adapters.push(Adapter::MoeLora { rank, router });
     }
-    adapters.push(Adapter::RotMole { rank, router, rotation: options.rotation, gate_input });
+    adapters.push(Adapter::RotMole {
+        rank,
+        router,
+        rotation: options.rotation,
+        gate_input,
+    });
     Ok(adapters)
 }
 
 fn progress(steps: usize) -> Result<ProgressBar, Box<dyn Error>> {
-    let style = ProgressStyle::with_template("{elapsed_precise} [{bar:32}] {pos}/{len} {msg}")?.progress_chars("=> ");
+    let style = ProgressStyle::with_template("{elapsed_precise} [{bar:32}] {pos}/{len} {msg}")?
+        .progress_chars("=> ");
     Ok(ProgressBar::new(steps as u64).with_style(style))
 }
 
 /// The mean over runs of what is at every index.
 fn mean_of(runs: &[&[f64]]) -> Vec<f64> {
     let length = runs.first().map_or(0, |run| run.len());
-    (0..length).map(|index| runs.iter().map(|run| run[index]).sum::<f64>() / runs.len() as f64).collect()
+    (0..length)
+        .map(|index| runs.iter().map(|run| run[index]).sum::<f64>() / runs.len() as f64)
+        .collect()
 }
 
-fn draw(folder: &Path, languages: &[Language], compared: &[(Adapter, Vec<Outcome>)]) -> Result<(), Box<dyn Error>> {
+fn draw(
+    folder: &Path,
+    languages: &[Language],
+    compared: &[(Adapter, Vec<Outcome>)],
+) -> Result<(), Box<dyn Error>> {
     std::fs::create_dir_all(folder)?;
     let curves: Vec<pictures::Curve> = compared
         .iter()
         .map(|(adapter, outcomes)| pictures::Curve {
             name: format!("{}, rank {}", adapter.name(), adapter.rank().unwrap_or(0)),
-            losses: mean_of(&outcomes.iter().map(|outcome| &outcome.losses[..]).collect::<Vec<_>>()),
+            losses: mean_of(
+                &outcomes
+                    .iter()
+                    .map(|outcome| &outcome.losses[..])
+                    .collect::<Vec<_>>(),
+            ),
         })
         .collect();
     let loss = folder.join("loss.svg");
-    pictures::loss_curves(&loss, "Adapting a frozen language model to eight languages", &curves)?;
+    pictures::loss_curves(
+        &loss,
+        "Adapting a frozen language model to eight languages",
+        &curves,
+    )?;
     println!("loss curves: {}", loss.display());
-    let rotated = compared.iter().rev().find_map(|(adapter, outcomes)| Some((adapter, outcomes.first()?)));
+    let rotated = compared
+        .iter()
+        .rev()
+        .find_map(|(adapter, outcomes)| Some((adapter, outcomes.first()?)));
     if let Some((adapter, outcome)) = rotated {
         let map = folder.join("experts.svg");
-        let names: Vec<String> = languages.iter().map(|language| language.name.clone()).collect();
+        let names: Vec<String> = languages
+            .iter()
+            .map(|language| language.name.clone())
+            .collect();
         let title = format!("{}: which expert serves which language", adapter.name());
         pictures::expert_map(&map, &title, &names, &outcome.shares)?;
         println!("experts by language: {}", map.display());
@@ -138,14 +179,31 @@ fn draw(folder: &Path, languages: &[Language], compared: &[(Adapter, Vec<Outcome
 
 fn main() -> Result<(), Box<dyn Error>> {
     let options = Options::parse();
-    let folder = options.text.clone().unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/data"));
+    let folder = options
+        .text
+        .clone()
+        .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/data"));
     let languages = text::read(&folder)?;
     let adapters = adapters(&options)?;
-    let Some(base_language) = languages.iter().find(|language| language.name == options.base) else {
-        let names: Vec<&str> = languages.iter().map(|language| &language.name[..]).collect();
-        return Err(format!("there is no language `{}`; there are {}", options.base, names.join(", ")).into());
+    let Some(base_language) = languages
+        .iter()
+        .find(|language| language.name == options.base)
+    else {
+        let names: Vec<&str> = languages
+            .iter()
+            .map(|language| &language.name[..])
+            .collect();
+        return Err(format!(
+            "there is no language `{}`; there are {}",
+            options.base,
+            names.join(", ")
+        )
+        .into());
     };
-    let device = Device::open_with(&DeviceOptions { request: options.device.clone(), checked: false })?;
+    let device = Device::open_with(&DeviceOptions {
+        request: options.device.clone(),
+        checked: false,
+    })?;
     println!("device: {}", device.name());
 
     let every: Vec<&Language> = languages.iter().collect();

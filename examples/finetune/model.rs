@@ -1,6 +1,8 @@
 //! The language model: embedding of the last bytes, two linear layers that can be adapted, RMS norm, a softmax over bytes.
 
-use rankmix::layers::{AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, RoutedOutput, RouterOptions};
+use rankmix::layers::{
+    AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, RoutedOutput, RouterOptions,
+};
 use rankmix::ops::Rotation;
 use rankmix::{Graph, Init, Result, TensorType, Value};
 
@@ -46,7 +48,9 @@ impl Adapter {
     pub fn rank(&self) -> Option<usize> {
         match *self {
             Self::None => None,
-            Self::Lora { rank } | Self::MoeLora { rank, .. } | Self::RotMole { rank, .. } => Some(rank),
+            Self::Lora { rank } | Self::MoeLora { rank, .. } | Self::RotMole { rank, .. } => {
+                Some(rank)
+            }
         }
     }
 
@@ -57,16 +61,29 @@ impl Adapter {
         }
     }
 
-    fn forward(&self, graph: &mut Graph, base: Linear, x: Value) -> Result<(Value, Option<RoutedOutput>)> {
+    fn forward(
+        &self,
+        graph: &mut Graph,
+        base: Linear,
+        x: Value,
+    ) -> Result<(Value, Option<RoutedOutput>)> {
         // The same factor in front of every adapter, whatever its rank.
         let options = |rank: usize| AdapterOptions::new(rank, 2.0 * rank as f32);
         let routed = match *self {
             Self::None => return Ok((base.trained().forward(graph, x)?, None)),
-            Self::Lora { rank } => return Ok((Lora::new(base, options(rank))?.forward(graph, x)?, None)),
-            Self::MoeLora { rank, router } => MoeLora::new(base, options(rank), router)?.forward(graph, x)?,
-            Self::RotMole { rank, router, rotation, gate_input } => {
-                RotMole::with_rotation(base, options(rank), router, rotation, gate_input)?.forward(graph, x)?
+            Self::Lora { rank } => {
+                return Ok((Lora::new(base, options(rank))?.forward(graph, x)?, None));
             }
+            Self::MoeLora { rank, router } => {
+                MoeLora::new(base, options(rank), router)?.forward(graph, x)?
+            }
+            Self::RotMole {
+                rank,
+                router,
+                rotation,
+                gate_input,
+            } => RotMole::with_rotation(base, options(rank), router, rotation, gate_input)?
+                .forward(graph, x)?,
         };
         Ok((routed.output, Some(routed)))
     }
@@ -90,7 +107,12 @@ pub fn build(graph: &mut Graph, adapter: &Adapter, tokens: usize) -> Result<Mode
     let ids = graph.input("ids", TensorType::i32([tokens, CONTEXT]))?;
     let labels = graph.input("labels", TensorType::i32([tokens]))?;
     let deviation = Init::Normal { deviation: 1.0 };
-    let table = graph.parameter("embedding.weight", [BYTES, EMBEDDING], deviation, base_is_trained)?;
+    let table = graph.parameter(
+        "embedding.weight",
+        [BYTES, EMBEDDING],
+        deviation,
+        base_is_trained,
+    )?;
     let embedded = graph.embedding(table, ids)?;
     let mut x = graph.reshape(embedded, [tokens, WIDTH])?;
     let mut routed = Vec::new();
@@ -101,7 +123,10 @@ pub fn build(graph: &mut Graph, adapter: &Adapter, tokens: usize) -> Result<Mode
     }
     let norm = graph.parameter("norm.weight", [WIDTH], Init::Ones, base_is_trained)?;
     let x = graph.rms_norm(x, norm, 1e-5)?;
-    let head = Linear { trainable: base_is_trained, ..Linear::new("head", WIDTH, BYTES) };
+    let head = Linear {
+        trainable: base_is_trained,
+        ..Linear::new("head", WIDTH, BYTES)
+    };
     let logits = head.forward(graph, x)?;
     let loss = graph.cross_entropy(logits, labels)?;
     let mut training_loss = loss;
@@ -109,5 +134,11 @@ pub fn build(graph: &mut Graph, adapter: &Adapter, tokens: usize) -> Result<Mode
         let auxiliary = layer.auxiliary_loss(graph, BALANCE, Z)?;
         training_loss = graph.add(training_loss, auxiliary)?;
     }
-    Ok(Model { ids, labels, loss, training_loss, routed })
+    Ok(Model {
+        ids,
+        labels,
+        loss,
+        training_loss,
+        routed,
+    })
 }

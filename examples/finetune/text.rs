@@ -26,7 +26,10 @@ pub struct Batch {
 
 /// Reads every `.txt` file of a folder, in the order of their names.
 pub fn read(folder: &Path) -> Result<Vec<Language>> {
-    let broken = |source| Error::File { path: folder.to_owned(), source };
+    let broken = |source| Error::File {
+        path: folder.to_owned(),
+        source,
+    };
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(broken)? {
         let path = entry.map_err(broken)?.path();
@@ -37,13 +40,24 @@ pub fn read(folder: &Path) -> Result<Vec<Language>> {
     paths.sort();
     let mut languages = Vec::new();
     for path in paths {
-        let text = std::fs::read(&path).map_err(|source| Error::File { path: path.clone(), source })?;
+        let text = std::fs::read(&path).map_err(|source| Error::File {
+            path: path.clone(),
+            source,
+        })?;
         let mut language = Language {
-            name: path.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+            name: path
+                .file_stem()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned(),
             train: Vec::new(),
             held_out: Vec::new(),
         };
-        for (number, line) in text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).enumerate() {
+        for (number, line) in text
+            .split(|&byte| byte == b'\n')
+            .filter(|line| !line.is_empty())
+            .enumerate()
+        {
             let part = if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 {
                 &mut language.held_out
             } else {
@@ -53,13 +67,18 @@ pub fn read(folder: &Path) -> Result<Vec<Language>> {
             part.push(b'\n');
         }
         if language.held_out.is_empty() {
-            let reason = format!("a language needs at least {HELD_OUT_EVERY} lines, one of which is held out");
+            let reason = format!(
+                "a language needs at least {HELD_OUT_EVERY} lines, one of which is held out"
+            );
             return Err(Error::Format { path, reason });
         }
         languages.push(language);
     }
     if languages.is_empty() {
-        return Err(Error::Format { path: folder.to_owned(), reason: "there is no .txt file".to_owned() });
+        return Err(Error::Format {
+            path: folder.to_owned(),
+            reason: "there is no .txt file".to_owned(),
+        });
     }
     Ok(languages)
 }
@@ -82,7 +101,10 @@ pub fn sample(languages: &[&Language], tokens: usize, generator: &mut ChaCha8Rng
         window(text, position, &mut ids);
         labels.push(i32::from(text[position]));
     }
-    Ok(Batch { ids: Tensor::i32([tokens, CONTEXT], ids)?, labels: Tensor::i32([tokens], labels)? })
+    Ok(Batch {
+        ids: Tensor::i32([tokens, CONTEXT], ids)?,
+        labels: Tensor::i32([tokens], labels)?,
+    })
 }
 
 impl Language {
@@ -95,9 +117,16 @@ impl Language {
                 let (mut ids, mut labels) = (Vec::new(), Vec::new());
                 for position in start..start + tokens {
                     window(&self.held_out, position.min(end - 1), &mut ids);
-                    labels.push(if position < end { i32::from(self.held_out[position]) } else { -100 });
+                    labels.push(if position < end {
+                        i32::from(self.held_out[position])
+                    } else {
+                        -100
+                    });
                 }
-                let batch = Batch { ids: Tensor::i32([tokens, CONTEXT], ids)?, labels: Tensor::i32([tokens], labels)? };
+                let batch = Batch {
+                    ids: Tensor::i32([tokens, CONTEXT], ids)?,
+                    labels: Tensor::i32([tokens], labels)?,
+                };
                 Ok((batch, end - start))
             })
             .collect()

@@ -55,13 +55,20 @@ impl Run<'_> {
         let model = build(&mut graph, &self.adapter, TOKENS)?;
         let parameters = graph.trainable_elements();
         let gradients = graph.backward(model.training_loss)?;
-        let mut optimizer = AdamW { max_norm: Some(1.0), ..AdamW::default() }.add_to(&mut graph, &gradients)?;
+        let mut optimizer = AdamW {
+            max_norm: Some(1.0),
+            ..AdamW::default()
+        }
+        .add_to(&mut graph, &gradients)?;
         graph.output(model.loss)?;
         store.initialize(&graph, self.seed)?;
         let mut session = graph.compile(&store)?;
 
         let steps = self.steps as u64;
-        let schedule = Schedule::Cosine { warmup: steps / 20, steps };
+        let schedule = Schedule::Cosine {
+            warmup: steps / 20,
+            steps,
+        };
         let mut generator = ChaCha8Rng::seed_from_u64(self.seed);
         let mut losses = Vec::with_capacity(self.steps);
         let start = Instant::now();
@@ -71,13 +78,18 @@ impl Run<'_> {
             session.write(model.labels, &batch.labels)?;
             optimizer.prepare(&mut session, LEARNING_RATE * schedule.factor(step))?;
             // One submission: forward, backward, clipping, AdamW, and the copy of the loss.
-            let loss = session.run_reading(&[model.loss])?[0].item().unwrap_or(f64::NAN);
+            let loss = session.run_reading(&[model.loss])?[0]
+                .item()
+                .unwrap_or(f64::NAN);
             losses.push(loss * BITS_PER_NAT);
             bar.inc(1);
             let recent = &losses[losses.len().saturating_sub(20)..];
             let speed = (losses.len() * TOKENS) as f64 / start.elapsed().as_secs_f64();
             let mean = recent.iter().sum::<f64>() / recent.len() as f64;
-            bar.set_message(format!("{} loss {mean:.3} bits/byte, {speed:.0} tokens/s", self.adapter.name()));
+            bar.set_message(format!(
+                "{} loss {mean:.3} bits/byte, {speed:.0} tokens/s",
+                self.adapter.name()
+            ));
         }
         let seconds = start.elapsed().as_secs_f64();
         let (bits, shares) = self.evaluate(&store)?;
@@ -87,7 +99,14 @@ impl Run<'_> {
             .filter(|spec| !spec.name.starts_with("adamw."))
             .map(|spec| Ok((spec.name.clone(), store.read(&spec.name)?)))
             .collect::<Result<Weights>>()?;
-        Ok(Outcome { parameters, losses, bits, shares, seconds, weights })
+        Ok(Outcome {
+            parameters,
+            losses,
+            bits,
+            shares,
+            seconds,
+            weights,
+        })
     }
 
     /// Held-out bits per byte by language, and how the experts share them.
@@ -96,7 +115,7 @@ impl Run<'_> {
         let model = build(&mut graph, &self.adapter, TOKENS)?;
         let mut outputs = vec![model.loss];
         for layer in &model.routed {
-            outputs.extend([layer.routed.experts, layer.routed.gates]);
+            outputs.extend([layer.routed.experts(), layer.routed.gates]);
         }
         for &value in &outputs {
             graph.output(value)?;

@@ -34,7 +34,11 @@ const BACKENDS: [(&str, wgpu::Backends, wgpu::Backend); 5] = [
     ("metal", wgpu::Backends::METAL, wgpu::Backend::Metal),
     ("dx12", wgpu::Backends::DX12, wgpu::Backend::Dx12),
     ("gl", wgpu::Backends::GL, wgpu::Backend::Gl),
-    ("webgpu", wgpu::Backends::BROWSER_WEBGPU, wgpu::Backend::BrowserWebGpu),
+    (
+        "webgpu",
+        wgpu::Backends::BROWSER_WEBGPU,
+        wgpu::Backend::BrowserWebGpu,
+    ),
 ];
 
 impl Request {
@@ -46,12 +50,18 @@ impl Request {
         if lower == "cpu" {
             return Self::Cpu;
         }
-        BACKENDS.iter().find(|(name, ..)| *name == lower).map_or(Self::Named(lower), |(name, ..)| Self::Backend(name))
+        BACKENDS
+            .iter()
+            .find(|(name, ..)| *name == lower)
+            .map_or(Self::Named(lower), |(name, ..)| Self::Backend(name))
     }
 }
 
 fn backend_name(backend: wgpu::Backend) -> &'static str {
-    BACKENDS.iter().find(|(.., b)| *b == backend).map_or("noop", |(name, ..)| name)
+    BACKENDS
+        .iter()
+        .find(|(.., b)| *b == backend)
+        .map_or("noop", |(name, ..)| name)
 }
 
 fn class_of(info: &wgpu::AdapterInfo) -> AdapterClass {
@@ -63,7 +73,10 @@ fn class_of(info: &wgpu::AdapterInfo) -> AdapterClass {
         // GL has no way to say it: Mesa's software rasterisers are known by name.
         wgpu::DeviceType::Other => {
             let name = info.name.to_ascii_lowercase();
-            if ["llvmpipe", "softpipe", "swiftshader"].iter().any(|software| name.contains(software)) {
+            if ["llvmpipe", "softpipe", "swiftshader"]
+                .iter()
+                .any(|software| name.contains(software))
+            {
                 AdapterClass::Software
             } else {
                 AdapterClass::Other
@@ -123,11 +136,18 @@ async fn enumerate(backends: wgpu::Backends) -> Vec<wgpu::Adapter> {
             power_preference: wgpu::PowerPreference::HighPerformance,
             ..wgpu::RequestAdapterOptions::default()
         };
-        return instance.request_adapter(&options).await.into_iter().collect();
+        return instance
+            .request_adapter(&options)
+            .await
+            .into_iter()
+            .collect();
     }
     let mut adapters = instance.enumerate_adapters(backends).await;
     adapters.retain(|adapter| {
-        adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS)
+        adapter
+            .get_downlevel_capabilities()
+            .flags
+            .contains(wgpu::DownlevelFlags::COMPUTE_SHADERS)
             && adapter.limits().max_storage_buffers_per_shader_stage >= 8
     });
     adapters.sort_by_key(|adapter| class_of(&adapter.get_info()));
@@ -151,14 +171,20 @@ pub(crate) async fn choose(request: &Request) -> Result<Option<wgpu::Adapter>> {
             }
             // GL on a software rasteriser is slower than the CPU executor: it is taken only when asked for by name.
             let gl = enumerate(wgpu::Backends::GL).await;
-            Ok(gl.into_iter().find(|adapter| class_of(&adapter.get_info()) != AdapterClass::Software))
+            Ok(gl
+                .into_iter()
+                .find(|adapter| class_of(&adapter.get_info()) != AdapterClass::Software))
         }
         Request::Backend(name) => {
-            let backends = BACKENDS.iter().find(|(n, ..)| n == name).map_or(wgpu::Backends::empty(), |(_, b, _)| *b);
+            let backends = BACKENDS
+                .iter()
+                .find(|(n, ..)| n == name)
+                .map_or(wgpu::Backends::empty(), |(_, b, _)| *b);
             let adapter = enumerate(backends).await.into_iter().next();
             adapter.map(Some).ok_or_else(|| Error::NoAdapter {
                 requested: (*name).to_owned(),
-                reason: "no driver of that backend offers an adapter that can run compute shaders".to_owned(),
+                reason: "no driver of that backend offers an adapter that can run compute shaders"
+                    .to_owned(),
             })
         }
         Request::Named(text) => {
@@ -175,13 +201,18 @@ pub(crate) async fn choose(request: &Request) -> Result<Option<wgpu::Adapter>> {
                     available.push(format!("\"{}\"", summary.name));
                 }
             }
-            Err(Error::UnknownDevice { requested: text.clone(), available })
+            Err(Error::UnknownDevice {
+                requested: text.clone(),
+                available,
+            })
         }
     }
 }
 
 /// An adapter, opened with all its limits and the features that kernels can use.
-pub(crate) async fn open(adapter: &wgpu::Adapter) -> Result<(wgpu::Device, wgpu::Queue, AdapterSummary)> {
+pub(crate) async fn open(
+    adapter: &wgpu::Adapter,
+) -> Result<(wgpu::Device, wgpu::Queue, AdapterSummary)> {
     let wanted = timestamp_features() | wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP;
     let summary = summarise(adapter);
     let opened = adapter
@@ -193,8 +224,10 @@ pub(crate) async fn open(adapter: &wgpu::Adapter) -> Result<(wgpu::Device, wgpu:
             ..wgpu::DeviceDescriptor::default()
         })
         .await;
-    let (device, queue) =
-        opened.map_err(|error| Error::NoAdapter { requested: summary.name.clone(), reason: error.to_string() })?;
+    let (device, queue) = opened.map_err(|error| Error::NoAdapter {
+        requested: summary.name.clone(),
+        reason: error.to_string(),
+    })?;
     Ok((device, queue, summary))
 }
 

@@ -88,7 +88,14 @@ impl Launch {
     /// A launch of `entry` in `shader`, to be completed with the methods below.
     #[must_use]
     pub fn new(shader: Shader, entry: &'static str) -> Self {
-        Self { shader, entry, constants: Vec::new(), bindings: Vec::new(), params: Vec::new(), workgroups: [1; 3] }
+        Self {
+            shader,
+            entry,
+            constants: Vec::new(),
+            bindings: Vec::new(),
+            params: Vec::new(),
+            workgroups: [1; 3],
+        }
     }
 
     /// Sets an `override` constant.
@@ -101,14 +108,22 @@ impl Launch {
     /// Binds a buffer for reading.
     #[must_use]
     pub fn read(mut self, number: u32, slot: Slot) -> Self {
-        self.bindings.push(Binding { number, slot, access: Access::Read });
+        self.bindings.push(Binding {
+            number,
+            slot,
+            access: Access::Read,
+        });
         self
     }
 
     /// Binds a buffer for reading and writing.
     #[must_use]
     pub fn write(mut self, number: u32, slot: Slot) -> Self {
-        self.bindings.push(Binding { number, slot, access: Access::ReadWrite });
+        self.bindings.push(Binding {
+            number,
+            slot,
+            access: Access::ReadWrite,
+        });
         self
     }
 
@@ -167,12 +182,18 @@ impl Launches {
 
 impl From<Launch> for Launches {
     fn from(launch: Launch) -> Self {
-        Self { launches: vec![launch], scratch: Vec::new() }
+        Self {
+            launches: vec![launch],
+            scratch: Vec::new(),
+        }
     }
 }
 
 impl From<Vec<Launch>> for Launches {
     fn from(launches: Vec<Launch>) -> Self {
-        Self { launches, scratch: Vec::new() }
+        Self {
+            launches,
+            scratch: Vec::new(),
+        }
     }
 }

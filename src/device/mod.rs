@@ -80,29 +80,50 @@ impl Device {
     /// # Errors
     /// As [`Device::open`].
     pub async fn open_async(options: &DeviceOptions) -> Result<Self> {
-        let text = options.request.clone().or_else(|| std::env::var(DEVICE_VARIABLE).ok()).unwrap_or_default();
+        let text = options
+            .request
+            .clone()
+            .or_else(|| std::env::var(DEVICE_VARIABLE).ok())
+            .unwrap_or_default();
         let request = Request::parse(&text);
         let Some(adapter) = adapter::choose(&request).await? else {
             if request == Request::Best {
                 eprintln!("rankmix: no GPU adapter found, running on the CPU");
             }
-            return Ok(Self { kind: Kind::Host { precision: Precision::F32, checked: options.checked } });
+            return Ok(Self {
+                kind: Kind::Host {
+                    precision: Precision::F32,
+                    checked: options.checked,
+                },
+            });
         };
         let (device, queue, summary) = adapter::open(&adapter).await?;
         let gpu = Gpu::new(device, queue, summary, options.checked, true);
-        Ok(Self { kind: Kind::Gpu(Arc::new(gpu)) })
+        Ok(Self {
+            kind: Kind::Gpu(Arc::new(gpu)),
+        })
     }
 
     /// The CPU executor, in 32-bit floats.
     #[must_use]
     pub fn cpu() -> Self {
-        Self { kind: Kind::Host { precision: Precision::F32, checked: false } }
+        Self {
+            kind: Kind::Host {
+                precision: Precision::F32,
+                checked: false,
+            },
+        }
     }
 
     /// The CPU executor in 64-bit floats: what kernels are compared with. Slow; its results are [`DType::F64`](crate::DType).
     #[must_use]
     pub fn reference() -> Self {
-        Self { kind: Kind::Host { precision: Precision::F64, checked: false } }
+        Self {
+            kind: Kind::Host {
+                precision: Precision::F64,
+                checked: false,
+            },
+        }
     }
 
     /// A device that the host application already has. Kernels keep to the limits and features it was created with, and
@@ -122,7 +143,9 @@ impl Device {
             });
         }
         let gpu = Gpu::new(device.clone(), queue.clone(), summary, checked, false);
-        Ok(Self { kind: Kind::Gpu(Arc::new(gpu)) })
+        Ok(Self {
+            kind: Kind::Gpu(Arc::new(gpu)),
+        })
     }
 
     /// Every adapter on this machine that can run the kernels.
@@ -150,10 +173,21 @@ impl Device {
         match &self.kind {
             Kind::Gpu(gpu) => {
                 let summary = &gpu.summary;
-                format!("{} ({}, {})", summary.name, summary.backend, summary.capabilities.class.name())
+                format!(
+                    "{} ({}, {})",
+                    summary.name,
+                    summary.backend,
+                    summary.capabilities.class.name()
+                )
             }
-            Kind::Host { precision: Precision::F32, .. } => "CPU executor (f32)".to_owned(),
-            Kind::Host { precision: Precision::F64, .. } => "CPU reference (f64)".to_owned(),
+            Kind::Host {
+                precision: Precision::F32,
+                ..
+            } => "CPU executor (f32)".to_owned(),
+            Kind::Host {
+                precision: Precision::F64,
+                ..
+            } => "CPU reference (f64)".to_owned(),
         }
     }
 

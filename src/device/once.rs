@@ -17,7 +17,10 @@ pub(crate) struct Sender<T>(Arc<Mutex<State<T>>>);
 pub(crate) struct Receiver<T>(Arc<Mutex<State<T>>>);
 
 pub(crate) fn channel<T>() -> (Sender<T>, Receiver<T>) {
-    let state = Arc::new(Mutex::new(State { value: None, waker: None }));
+    let state = Arc::new(Mutex::new(State {
+        value: None,
+        waker: None,
+    }));
     (Sender(Arc::clone(&state)), Receiver(state))
 }
 

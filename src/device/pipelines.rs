@@ -40,11 +40,23 @@ impl Gpu {
         let key = Key {
             shader: launch.shader,
             entry: launch.entry,
-            constants: launch.constants.iter().map(|&(name, value)| (name, value.to_bits())).collect(),
-            bindings: launch.bindings.iter().map(|binding| (binding.number, binding.access)).collect(),
+            constants: launch
+                .constants
+                .iter()
+                .map(|&(name, value)| (name, value.to_bits()))
+                .collect(),
+            bindings: launch
+                .bindings
+                .iter()
+                .map(|binding| (binding.number, binding.access))
+                .collect(),
             param_bytes: param_bytes(launch),
         };
-        let mut pipelines = self.pipelines.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pipelines = self
+            .pipelines
+            .pipelines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(pipeline) = pipelines.get(&key) {
             return Ok(Arc::clone(pipeline));
         }
@@ -66,48 +78,71 @@ impl Gpu {
             });
         }
         let module = self.module(launch.shader)?;
-        let entry = |binding: u32, ty: wgpu::BufferBindingType, dynamic: bool, size: u64| wgpu::BindGroupLayoutEntry {
-            binding,
-            visibility: wgpu::ShaderStages::COMPUTE,
-            ty: wgpu::BindingType::Buffer {
-                ty,
-                has_dynamic_offset: dynamic,
-                min_binding_size: wgpu::BufferSize::new(size),
-            },
-            count: None,
+        let entry = |binding: u32, ty: wgpu::BufferBindingType, dynamic: bool, size: u64| {
+            wgpu::BindGroupLayoutEntry {
+                binding,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty: wgpu::BindingType::Buffer {
+                    ty,
+                    has_dynamic_offset: dynamic,
+                    min_binding_size: wgpu::BufferSize::new(size),
+                },
+                count: None,
+            }
         };
-        let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform, true, param_bytes(launch))];
+        let mut entries = vec![entry(
+            0,
+            wgpu::BufferBindingType::Uniform,
+            true,
+            param_bytes(launch),
+        )];
         for binding in &launch.bindings {
             let read_only = binding.access == Access::Read;
-            entries.push(entry(binding.number, wgpu::BufferBindingType::Storage { read_only }, false, 0));
+            entries.push(entry(
+                binding.number,
+                wgpu::BufferBindingType::Storage { read_only },
+                false,
+                0,
+            ));
         }
         self.scoped(&label, 0, || {
             let layout = self
                 .device
-                .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(&label), entries: &entries });
-            let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
-                label: Some(&label),
-                bind_group_layouts: &[Some(&layout)],
-                immediate_size: 0,
-            });
-            let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-                label: Some(&label),
-                layout: Some(&pipeline_layout),
-                module: &module,
-                entry_point: Some(launch.entry),
-                compilation_options: wgpu::PipelineCompilationOptions {
-                    constants: &launch.constants,
-                    // In GLSL the zeros are written out one by one: 4,096 words take the compiler minutes.
-                    zero_initialize_workgroup_memory: self.checked && !self.is_gl(),
-                },
-                cache: None,
-            });
+                .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+                    label: Some(&label),
+                    entries: &entries,
+                });
+            let pipeline_layout =
+                self.device
+                    .create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+                        label: Some(&label),
+                        bind_group_layouts: &[Some(&layout)],
+                        immediate_size: 0,
+                    });
+            let pipeline = self
+                .device
+                .create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                    label: Some(&label),
+                    layout: Some(&pipeline_layout),
+                    module: &module,
+                    entry_point: Some(launch.entry),
+                    compilation_options: wgpu::PipelineCompilationOptions {
+                        constants: &launch.constants,
+                        // In GLSL the zeros are written out one by one: 4,096 words take the compiler minutes.
+                        zero_initialize_workgroup_memory: self.checked && !self.is_gl(),
+                    },
+                    cache: None,
+                });
             Pipeline { pipeline, layout }
         })
     }
 
     fn module(&self, shader: Shader) -> Result<wgpu::ShaderModule> {
-        let mut modules = self.pipelines.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut modules = self
+            .pipelines
+            .modules
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(module) = modules.get(&shader) {
             return Ok(module.clone());
         }
@@ -116,20 +151,31 @@ impl Gpu {
             source: wgpu::ShaderSource::Wgsl(shader.source.into()),
         };
         let module = self.scoped(shader.name, 0, || {
-            if self.checked { self.device.create_shader_module(descriptor) } else { self.trusted_module(descriptor) }
+            if self.checked {
+                self.device.create_shader_module(descriptor)
+            } else {
+                self.trusted_module(descriptor)
+            }
         })?;
         modules.insert(shader, module.clone());
         Ok(module)
     }
 
     /// A module without runtime checks: bounds checks cost up to 5 times the cycles of a tiled matmul.
-    #[expect(unsafe_code, reason = "wgpu marks the absence of bounds checks as unsafe")]
+    #[expect(
+        unsafe_code,
+        reason = "wgpu marks the absence of bounds checks as unsafe"
+    )]
     fn trusted_module(&self, descriptor: wgpu::ShaderModuleDescriptor<'_>) -> wgpu::ShaderModule {
         // SAFETY: without checks a kernel must stay inside its buffers by itself. Ours do by construction: every index is
         // guarded against the sizes in the uniform parameters, which come from the shapes that the buffers were sized
-        // by; indices that come from data (labels, token ids, experts) are clamped or produced by our own kernels; every
+        // by; indices that come from data (labels, token ids, experts) are clamped, or made by our own sort, whose
+        // results only our own types carry; every
         // loop ends after a count known from the parameters. The test suite runs every kernel with and without the
         // checks, on buffers poisoned with NaN. Ops that an application adds make the same promise (see `Op`).
-        unsafe { self.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+        unsafe {
+            self.device
+                .create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
+        }
     }
 }

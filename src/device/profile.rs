@@ -22,7 +22,10 @@ impl Recording {
         if !gpu.summary.capabilities.timestamps {
             return Err(Error::Gpu {
                 thing: "timing launches".to_owned(),
-                reason: format!("the adapter `{}` has no timestamps inside passes", gpu.summary.name),
+                reason: format!(
+                    "the adapter `{}` has no timestamps inside passes",
+                    gpu.summary.name
+                ),
             });
         }
         let count = self.len() + 1;
@@ -45,7 +48,9 @@ impl Recording {
         let usage = wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC;
         let resolved = gpu.create("timestamps", bytes, usage, u64::MAX)?;
         let staging = gpu.staging(bytes)?;
-        let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let mut encoder = gpu
+            .device
+            .create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         self.encode(gpu, &mut encoder, Some(&queries));
         encoder.resolve_query_set(&queries, 0..count as u32, resolved.raw(), 0);
         encoder.copy_buffer_to_buffer(resolved.raw(), 0, staging.raw(), 0, Some(bytes));

@@ -45,18 +45,29 @@ impl Recording {
             bytes.extend(launch.params.iter().flat_map(|word| word.0.to_ne_bytes()));
         }
         // The last binding's padded size must fit too.
-        bytes.resize(bytes.len().next_multiple_of(alignment.max(256) as usize) + 256, 0);
+        bytes.resize(
+            bytes.len().next_multiple_of(alignment.max(256) as usize) + 256,
+            0,
+        );
         let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
-        let params =
-            gpu.create("uniform parameters", bytes.len() as u64, usage, gpu.summary.capabilities.max_buffer_bytes)?;
+        let params = gpu.create(
+            "uniform parameters",
+            bytes.len() as u64,
+            usage,
+            gpu.summary.capabilities.max_buffer_bytes,
+        )?;
         gpu.write(&params, &bytes);
 
-        let mut recording = Self { dispatches: Vec::with_capacity(launches.len()), params };
+        let mut recording = Self {
+            dispatches: Vec::with_capacity(launches.len()),
+            params,
+        };
         for ((launch, bound), param_offset) in launches.iter().zip(offsets) {
             let pipeline = gpu.pipeline(launch)?;
             let param_bytes = param_bytes(launch);
             let label = format!("{}::{}", launch.shader.name, launch.entry);
-            let bind_group = recording.bind(gpu, &label, &pipeline, &launch.bindings, bound, param_bytes)?;
+            let bind_group =
+                recording.bind(gpu, &label, &pipeline, &launch.bindings, bound, param_bytes)?;
             recording.dispatches.push(Dispatch {
                 pipeline,
                 bind_group,
@@ -79,12 +90,21 @@ impl Recording {
         bound: &[Bound],
         param_bytes: u64,
     ) -> Result<wgpu::BindGroup> {
-        let uniform =
-            wgpu::BufferBinding { buffer: self.params.raw(), offset: 0, size: wgpu::BufferSize::new(param_bytes) };
-        let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(uniform) }];
+        let uniform = wgpu::BufferBinding {
+            buffer: self.params.raw(),
+            offset: 0,
+            size: wgpu::BufferSize::new(param_bytes),
+        };
+        let mut entries = vec![wgpu::BindGroupEntry {
+            binding: 0,
+            resource: wgpu::BindingResource::Buffer(uniform),
+        }];
         let limit = gpu.summary.capabilities.max_binding_bytes;
         for (binding, Bound { buffer, bytes }) in bindings.iter().zip(bound) {
-            let size = bytes.max(&1).next_multiple_of(BUFFER_ALIGNMENT).min(buffer.raw().size());
+            let size = bytes
+                .max(&1)
+                .next_multiple_of(BUFFER_ALIGNMENT)
+                .min(buffer.raw().size());
             if size > limit {
                 return Err(Error::Limit {
                     thing: label.to_owned(),
@@ -93,22 +113,36 @@ impl Recording {
                     unit: "bytes in one binding",
                 });
             }
-            let resource = wgpu::BufferBinding { buffer: buffer.raw(), offset: 0, size: wgpu::BufferSize::new(size) };
+            let resource = wgpu::BufferBinding {
+                buffer: buffer.raw(),
+                offset: 0,
+                size: wgpu::BufferSize::new(size),
+            };
             entries.push(wgpu::BindGroupEntry {
                 binding: binding.number,
                 resource: wgpu::BindingResource::Buffer(resource),
             });
         }
         LiveCounters::count(&gpu.counters.bind_groups, 1);
-        let descriptor = wgpu::BindGroupDescriptor { label: Some(label), layout: &pipeline.layout, entries: &entries };
+        let descriptor = wgpu::BindGroupDescriptor {
+            label: Some(label),
+            layout: &pipeline.layout,
+            entries: &entries,
+        };
         gpu.scoped(label, 0, || gpu.device.create_bind_group(&descriptor))
     }
 
     /// Binds other buffers to one dispatch.
     pub(crate) fn rebind(&mut self, gpu: &Gpu, index: usize, bound: &[Bound]) -> Result<()> {
         let dispatch = &self.dispatches[index];
-        let bind_group =
-            self.bind(gpu, &dispatch.label, &dispatch.pipeline, &dispatch.bindings, bound, dispatch.param_bytes)?;
+        let bind_group = self.bind(
+            gpu,
+            &dispatch.label,
+            &dispatch.pipeline,
+            &dispatch.bindings,
+            bound,
+            dispatch.param_bytes,
+        )?;
         self.dispatches[index].bind_group = bind_group;
         Ok(())
     }
@@ -119,11 +153,18 @@ impl Recording {
 
     /// Records one compute pass with all dispatches. With `timestamps`, query `i` is written before dispatch `i`, and one more
     /// after the last.
-    pub(crate) fn encode(&self, gpu: &Gpu, encoder: &mut wgpu::CommandEncoder, timestamps: Option<&wgpu::QuerySet>) {
+    pub(crate) fn encode(
+        &self,
+        gpu: &Gpu,
+        encoder: &mut wgpu::CommandEncoder,
+        timestamps: Option<&wgpu::QuerySet>,
+    ) {
         LiveCounters::count(&gpu.counters.passes, 1);
         LiveCounters::count(&gpu.counters.launches, self.dispatches.len() as u64);
-        let mut pass =
-            encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("rankmix"), timestamp_writes: None });
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+            label: Some("rankmix"),
+            timestamp_writes: None,
+        });
         let mut last: Option<&Arc<Pipeline>> = None;
         for (index, dispatch) in self.dispatches.iter().enumerate() {
             if let Some(queries) = timestamps {

@@ -29,7 +29,10 @@ impl TensorFile {
     /// [`Error::File`] if it cannot be read, [`Error::Format`] if it is damaged or holds elements of another type.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = fs::read(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+        let bytes = fs::read(path).map_err(|source| Error::File {
+            path: path.to_owned(),
+            source,
+        })?;
         Self::parse(&bytes, path)
     }
 
@@ -38,10 +41,19 @@ impl TensorFile {
     /// # Errors
     /// [`Error::Format`] if they are damaged or hold elements of an unknown type.
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
-        let wrong = |reason: String| Error::Format { path: path.to_owned(), reason };
-        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| wrong(error.to_string()))?;
+        let wrong = |reason: String| Error::Format {
+            path: path.to_owned(),
+            reason,
+        };
+        let (_, header) =
+            SafeTensors::read_metadata(bytes).map_err(|error| wrong(error.to_string()))?;
         let file = SafeTensors::deserialize(bytes).map_err(|error| wrong(error.to_string()))?;
-        let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
+        let metadata = header
+            .metadata()
+            .clone()
+            .unwrap_or_default()
+            .into_iter()
+            .collect();
         let mut tensors = BTreeMap::new();
         for (name, view) in file.tensors() {
             let data = elements(&view).ok_or_else(|| {
@@ -50,8 +62,8 @@ impl TensorFile {
                     view.dtype()
                 ))
             })?;
-            let tensor =
-                Tensor::new(view.shape().into(), data).map_err(|error| wrong(format!("tensor `{name}`: {error}")))?;
+            let tensor = Tensor::new(view.shape().into(), data)
+                .map_err(|error| wrong(format!("tensor `{name}`: {error}")))?;
             tensors.insert(name, tensor);
         }
         Ok(Self { tensors, metadata })
@@ -62,7 +74,10 @@ impl TensorFile {
     /// # Errors
     /// [`Error::UnknownName`] if it is not there.
     pub fn tensor(&self, name: &str) -> Result<&Tensor> {
-        self.tensors.get(name).ok_or_else(|| Error::UnknownName { kind: "tensor", name: name.to_owned() })
+        self.tensors.get(name).ok_or_else(|| Error::UnknownName {
+            kind: "tensor",
+            name: name.to_owned(),
+        })
     }
 
     /// Writes the file under a temporary name beside it and renames it, so that the old file is there until the new one is whole.
@@ -71,11 +86,17 @@ impl TensorFile {
     /// [`Error::File`] if it cannot be written.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        let views =
-            self.tensors.iter().map(|(name, tensor)| Ok((name, view(tensor, path)?))).collect::<Result<Vec<_>>>()?;
+        let views = self
+            .tensors
+            .iter()
+            .map(|(name, tensor)| Ok((name, view(tensor, path)?)))
+            .collect::<Result<Vec<_>>>()?;
         let metadata: HashMap<String, String> = self.metadata.clone().into_iter().collect();
         let bytes = safetensors::serialize(views, (!metadata.is_empty()).then_some(metadata))
-            .map_err(|error| Error::Format { path: path.to_owned(), reason: error.to_string() })?;
+            .map_err(|error| Error::Format {
+                path: path.to_owned(),
+                reason: error.to_string(),
+            })?;
         let mut temporary = path.as_os_str().to_owned();
         temporary.push(".partial");
         let written = fs::File::create(&temporary).and_then(|mut file| {
@@ -86,7 +107,10 @@ impl TensorFile {
         written.map_err(|source| {
             // What is left of a failed attempt is of no use to anyone; that it cannot be removed either changes nothing.
             _ = fs::remove_file(&temporary);
-            Error::File { path: path.to_owned(), source }
+            Error::File {
+                path: path.to_owned(),
+                source,
+            }
         })
     }
 }
@@ -99,15 +123,29 @@ fn elements(view: &TensorView<'_>) -> Option<TensorData> {
         Dtype::I32 => TensorData::I32(bytemuck::pod_collect_to_vec(bytes)),
         Dtype::F16 => {
             let halves: Vec<u16> = bytemuck::pod_collect_to_vec(bytes);
-            TensorData::F32(halves.into_iter().map(|bits| f16::from_bits(bits).to_f32()).collect())
+            TensorData::F32(
+                halves
+                    .into_iter()
+                    .map(|bits| f16::from_bits(bits).to_f32())
+                    .collect(),
+            )
         }
         Dtype::BF16 => {
             let halves: Vec<u16> = bytemuck::pod_collect_to_vec(bytes);
-            TensorData::F32(halves.into_iter().map(|bits| bf16::from_bits(bits).to_f32()).collect())
+            TensorData::F32(
+                halves
+                    .into_iter()
+                    .map(|bits| bf16::from_bits(bits).to_f32())
+                    .collect(),
+            )
         }
         Dtype::I64 => {
             let wide: Vec<i64> = bytemuck::pod_collect_to_vec(bytes);
-            TensorData::I32(wide.into_iter().map(|x| i32::try_from(x).ok()).collect::<Option<_>>()?)
+            TensorData::I32(
+                wide.into_iter()
+                    .map(|x| i32::try_from(x).ok())
+                    .collect::<Option<_>>()?,
+            )
         }
         _ => return None,
     })
@@ -119,8 +157,10 @@ fn view<'a>(tensor: &'a Tensor, path: &Path) -> Result<TensorView<'a>> {
         TensorData::F64(data) => (Dtype::F64, bytemuck::cast_slice(data)),
         TensorData::I32(data) => (Dtype::I32, bytemuck::cast_slice(data)),
     };
-    TensorView::new(dtype, tensor.shape().dims().to_vec(), bytes)
-        .map_err(|error| Error::Format { path: path.to_owned(), reason: error.to_string() })
+    TensorView::new(dtype, tensor.shape().dims().to_vec(), bytes).map_err(|error| Error::Format {
+        path: path.to_owned(),
+        reason: error.to_string(),
+    })
 }
 
 impl ParameterStore {
@@ -134,7 +174,10 @@ impl ParameterStore {
         metadata: BTreeMap<String, String>,
         keep: impl Fn(&str) -> bool,
     ) -> Result<()> {
-        let mut file = TensorFile { tensors: BTreeMap::new(), metadata };
+        let mut file = TensorFile {
+            tensors: BTreeMap::new(),
+            metadata,
+        };
         for name in self.names().into_iter().filter(|name| keep(name)) {
             let tensor = self.read(&name)?;
             file.tensors.insert(name, tensor);
@@ -154,7 +197,11 @@ impl ParameterStore {
             if let Some(expected) = self.ty(name)
                 && expected.shape != *tensor.shape()
             {
-                return Err(Error::TypeMismatch { name: name.clone(), expected, found: tensor.ty() });
+                return Err(Error::TypeMismatch {
+                    name: name.clone(),
+                    expected,
+                    found: tensor.ty(),
+                });
             }
         }
         for (name, tensor) in &file.tensors {

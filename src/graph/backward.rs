@@ -16,7 +16,10 @@ impl Gradients {
     /// The gradient of a value, if it has one.
     #[must_use]
     pub fn of(&self, value: Value) -> Option<Value> {
-        self.pairs.iter().find(|(of, _)| *of == value).map(|&(_, gradient)| gradient)
+        self.pairs
+            .iter()
+            .find(|(of, _)| *of == value)
+            .map(|&(_, gradient)| gradient)
     }
 
     /// Pairs of (parameter, gradient), in the order of the parameters' declaration.
@@ -90,7 +93,10 @@ impl Backward<'_> {
         if expected.elements() != found.elements() {
             return Err(Error::shape(
                 "backward",
-                format!("{} is {expected}, its gradient {found}", self.graph.describe(of)),
+                format!(
+                    "{} is {expected}, its gradient {found}",
+                    self.graph.describe(of)
+                ),
             ));
         }
         self.partial.insert(of, sum);
@@ -107,8 +113,11 @@ impl Graph {
         let seed = self.seed(loss)?;
         let wanted = self.trainable();
         let gradients = self.walk(&[(loss, seed)], &wanted)?;
-        let pairs =
-            wanted.into_iter().zip(gradients).filter_map(|(value, gradient)| Some((value, gradient?))).collect();
+        let pairs = wanted
+            .into_iter()
+            .zip(gradients)
+            .filter_map(|(value, gradient)| Some((value, gradient?)))
+            .collect();
         Ok(Gradients { pairs })
     }
 
@@ -126,24 +135,39 @@ impl Graph {
     ///
     /// # Errors
     /// As [`Graph::gradients`].
-    pub fn gradients_from(&mut self, upstream: &[(Value, Value)], wanted: &[Value]) -> Result<Vec<Value>> {
+    pub fn gradients_from(
+        &mut self,
+        upstream: &[(Value, Value)],
+        wanted: &[Value],
+    ) -> Result<Vec<Value>> {
         let gradients = self.walk(upstream, wanted)?;
         wanted
             .iter()
             .zip(gradients)
-            .map(|(&value, gradient)| gradient.ok_or_else(|| Error::NoPath { value: self.describe(value) }))
+            .map(|(&value, gradient)| {
+                gradient.ok_or_else(|| Error::NoPath {
+                    value: self.describe(value),
+                })
+            })
             .collect()
     }
 
     fn seed(&mut self, loss: Value) -> Result<Value> {
         let ty = self.ty(loss)?.clone();
         if ty.elements() != 1 || ty.dtype != DType::F32 {
-            return Err(Error::shape("backward", format!("the loss is {ty}, expected one float")));
+            return Err(Error::shape(
+                "backward",
+                format!("the loss is {ty}, expected one float"),
+            ));
         }
         self.constant(Tensor::new(ty.shape, TensorData::F32(vec![1.0]))?)
     }
 
-    fn walk(&mut self, upstream: &[(Value, Value)], wanted: &[Value]) -> Result<Vec<Option<Value>>> {
+    fn walk(
+        &mut self,
+        upstream: &[(Value, Value)],
+        wanted: &[Value],
+    ) -> Result<Vec<Option<Value>>> {
         for &value in wanted {
             self.ty(value)?;
         }
@@ -154,11 +178,10 @@ impl Graph {
         }
         let count = self.nodes.len();
         for node in &self.nodes {
-            let carries = node
-                .inputs
-                .iter()
-                .enumerate()
-                .any(|(input, value)| flows[value.index as usize] && node.op.differentiable(input));
+            let carries =
+                node.inputs.iter().enumerate().any(|(input, value)| {
+                    flows[value.index as usize] && node.op.differentiable(input)
+                });
             for output in &node.outputs {
                 let float = self.values[output.index as usize].ty.dtype == DType::F32;
                 flows[output.index as usize] |= carries && float;
@@ -168,7 +191,10 @@ impl Graph {
         for &(value, gradient) in upstream {
             let (expected, found) = (self.ty(value)?, self.ty(gradient)?);
             if expected != found || *expected != TensorType::f32(&expected.shape) {
-                return Err(Error::shape("backward", format!("a value of {expected} was given a gradient of {found}")));
+                return Err(Error::shape(
+                    "backward",
+                    format!("a value of {expected} was given a gradient of {found}"),
+                ));
             }
             let sum = match partial.get(&value) {
                 Some(&sum) => self.accumulate(sum, gradient)?,
@@ -178,7 +204,11 @@ impl Graph {
         }
         for index in (0..count).rev() {
             let node = self.nodes[index].clone();
-            let output_gradients: Vec<_> = node.outputs.iter().map(|output| partial.get(output).copied()).collect();
+            let output_gradients: Vec<_> = node
+                .outputs
+                .iter()
+                .map(|output| partial.get(output).copied())
+                .collect();
             if output_gradients.iter().all(Option::is_none) {
                 continue;
             }
@@ -201,11 +231,17 @@ impl Graph {
             };
             node.op.backward(&mut context)?;
         }
-        Ok(wanted.iter().map(|value| partial.get(value).copied()).collect())
+        Ok(wanted
+            .iter()
+            .map(|value| partial.get(value).copied())
+            .collect())
     }
 
     /// Whether a value is computed by an operation (rather than given from outside).
     pub(crate) fn is_computed(&self, value: Value) -> bool {
-        matches!(self.values[value.index as usize].source, Source::Node { .. })
+        matches!(
+            self.values[value.index as usize].source,
+            Source::Node { .. }
+        )
     }
 }

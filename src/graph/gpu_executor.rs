@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::device::{Bound, Buffer, CommandEncoder, Gpu, HostBuffer, Launch, LaunchTiming, Recording, Slot};
+use crate::device::{
+    Bound, Buffer, CommandEncoder, Gpu, HostBuffer, Launch, LaunchTiming, Recording, Slot,
+};
 use crate::error::{Error, Result};
 use crate::graph::plan::{Place, Plan};
 use crate::graph::session::Compiled;
@@ -68,7 +70,10 @@ impl GpuExecutor {
         }
         for &index in &plan.parameters {
             let bytes = compiled.parameter_types[index].bytes() as u64;
-            memory.insert(Place::Parameter(index), bound(parameters[&index].clone(), bytes));
+            memory.insert(
+                Place::Parameter(index),
+                bound(parameters[&index].clone(), bytes),
+            );
         }
 
         let (launches, checked_values) = resolve(gpu, plan, compiled)?;
@@ -76,7 +81,10 @@ impl GpuExecutor {
             None
         } else {
             let first = gpu.allocate("checked mode's findings", checked_values.len() as u64 * 4)?;
-            Some(Checks { first, values: checked_values })
+            Some(Checks {
+                first,
+                values: checked_values,
+            })
         };
         let mut executor = Self {
             gpu: Arc::clone(gpu),
@@ -87,8 +95,10 @@ impl GpuExecutor {
             checks,
             staging: HashMap::new(),
         };
-        let bound =
-            executor.launches.iter().map(|(launch, operands)| (launch, executor.bound(plan, compiled, operands)));
+        let bound = executor
+            .launches
+            .iter()
+            .map(|(launch, operands)| (launch, executor.bound(plan, compiled, operands)));
         let recording = Recording::new(gpu, &bound.collect::<Vec<_>>())?;
         executor.recording = recording;
         Ok(executor)
@@ -110,7 +120,10 @@ impl GpuExecutor {
                 }
                 Operand::Scratch(place) => self.memory[&place].clone(),
                 Operand::Checks => match &self.checks {
-                    Some(checks) => Bound { buffer: checks.first.clone(), bytes: checks.values.len() as u64 * 4 },
+                    Some(checks) => Bound {
+                        buffer: checks.first.clone(),
+                        bytes: checks.values.len() as u64 * 4,
+                    },
                     None => unreachable!("only checked mode has launches that bind its findings"),
                 },
             })
@@ -123,18 +136,31 @@ impl GpuExecutor {
 
     pub(crate) fn write(&self, place: Place, tensor: &Tensor) -> Result<()> {
         let buffer = &self.memory[&place].buffer;
-        self.gpu.scoped("writing an input", 0, || self.gpu.write(buffer, &device_bytes(tensor)))
+        self.gpu.scoped("writing an input", 0, || {
+            self.gpu.write(buffer, &device_bytes(tensor));
+        })
     }
 
     /// Uses the host application's buffer as the memory of a value.
-    pub(crate) fn bind(&mut self, plan: &Plan, compiled: &Compiled, value: u32, buffer: HostBuffer) -> Result<()> {
+    pub(crate) fn bind(
+        &mut self,
+        plan: &Plan,
+        compiled: &Compiled,
+        value: u32,
+        buffer: HostBuffer,
+    ) -> Result<()> {
         let class = plan.classes[value as usize];
         let bytes = compiled.types[value as usize].bytes() as u64;
-        self.foreign.insert(class, Bound { buffer: Buffer::foreign(buffer), bytes });
+        self.foreign.insert(
+            class,
+            Bound {
+                buffer: Buffer::foreign(buffer),
+                bytes,
+            },
+        );
         for index in 0..self.launches.len() {
             let operands = &self.launches[index].1;
-            let touches =
-                |operand: &Operand| matches!(*operand, Operand::Value(v) if plan.classes[v as usize] == class);
+            let touches = |operand: &Operand| matches!(*operand, Operand::Value(v) if plan.classes[v as usize] == class);
             if operands.iter().any(touches) {
                 let bound = self.bound(plan, compiled, operands);
                 self.recording.rebind(&self.gpu, index, &bound)?;
@@ -145,7 +171,8 @@ impl GpuExecutor {
 
     pub(crate) fn encode(&self, encoder: &mut CommandEncoder) {
         if let Some(checks) = &self.checks {
-            self.gpu.write(&checks.first, &vec![0xff; checks.values.len() * 4]);
+            self.gpu
+                .write(&checks.first, &vec![0xff; checks.values.len() * 4]);
         }
         self.recording.encode(&self.gpu, encoder, None);
     }
@@ -166,11 +193,17 @@ impl GpuExecutor {
         self.encode(&mut encoder);
         let found = self.read_into(plan, compiled, read, encoder, poll).await?;
         if let Some(checks) = &self.checks {
-            let bytes = self.gpu.read(&checks.first, checks.values.len() as u64 * 4, poll).await?;
+            let bytes = self
+                .gpu
+                .read(&checks.first, checks.values.len() as u64 * 4, poll)
+                .await?;
             let first: Vec<u32> = bytemuck::pod_collect_to_vec(&bytes);
             if let Some(check) = first.iter().position(|&element| element != u32::MAX) {
                 let value = compiled.descriptions[checks.values[check] as usize].clone();
-                return Err(Error::NotFinite { value, element: first[check] as usize });
+                return Err(Error::NotFinite {
+                    value,
+                    element: first[check] as usize,
+                });
             }
         }
         Ok(found)
@@ -198,17 +231,28 @@ impl GpuExecutor {
     ) -> Result<Vec<Tensor>> {
         for &value in read {
             let bytes = compiled.types[value as usize].bytes() as u64;
-            let source = self.bound(plan, compiled, &[Operand::Value(value)]).remove(0);
+            let source = self
+                .bound(plan, compiled, &[Operand::Value(value)])
+                .remove(0);
             if !self.staging.contains_key(&value) {
                 self.staging.insert(value, self.gpu.staging(bytes)?);
             }
-            encoder.copy_buffer_to_buffer(source.buffer.raw(), 0, self.staging[&value].raw(), 0, Some(bytes));
+            encoder.copy_buffer_to_buffer(
+                source.buffer.raw(),
+                0,
+                self.staging[&value].raw(),
+                0,
+                Some(bytes),
+            );
         }
         self.gpu.submit("a run", encoder)?;
         let mut tensors = Vec::with_capacity(read.len());
         for &value in read {
             let ty = &compiled.types[value as usize];
-            let bytes = self.gpu.map(&self.staging[&value], ty.bytes() as u64, poll).await?;
+            let bytes = self
+                .gpu
+                .map(&self.staging[&value], ty.bytes() as u64, poll)
+                .await?;
             tensors.push(tensor_of_bytes(&bytes, ty)?);
         }
         Ok(tensors)
@@ -219,7 +263,9 @@ impl GpuExecutor {
         for (index, &bytes) in plan.pool.iter().enumerate() {
             let buffer = &self.memory[&Place::Pool(index)].buffer;
             let whole = bytes.next_multiple_of(crate::device::BUFFER_ALIGNMENT) as usize;
-            self.gpu.scoped("poisoning the pool", bytes, || self.gpu.write(buffer, &vec![0xff; whole]))?;
+            self.gpu.scoped("poisoning the pool", bytes, || {
+                self.gpu.write(buffer, &vec![0xff; whole]);
+            })?;
         }
         Ok(())
     }

@@ -38,7 +38,11 @@ pub(crate) fn host_words(tensor: &Tensor, precision: Precision) -> HostBuffer {
 }
 
 /// The other way round.
-pub(crate) fn tensor_of_words(words: &[u64], ty: &TensorType, precision: Precision) -> Result<Tensor> {
+pub(crate) fn tensor_of_words(
+    words: &[u64],
+    ty: &TensorType,
+    precision: Precision,
+) -> Result<Tensor> {
     fn unpack<T: bytemuck::Pod>(words: &[u64], count: usize) -> Vec<T> {
         bytemuck::cast_slice(words)[..count].to_vec()
     }
@@ -70,17 +74,25 @@ impl HostExecutor {
         for (index, tensor) in &compiled.constants {
             memory.insert(Place::Constant(*index), host_words(tensor, precision));
         }
-        Self { precision, checked, memory, parameters }
+        Self {
+            precision,
+            checked,
+            memory,
+            parameters,
+        }
     }
 
     pub(crate) fn write(&mut self, place: Place, tensor: &Tensor) {
-        self.memory.insert(place, host_words(tensor, self.precision));
+        self.memory
+            .insert(place, host_words(tensor, self.precision));
     }
 
     pub(crate) fn read(&self, place: Place, ty: &TensorType) -> Result<Tensor> {
         match place {
             Place::Parameter(index) => {
-                let words = self.parameters[&index].lock().unwrap_or_else(PoisonError::into_inner);
+                let words = self.parameters[&index]
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
                 tensor_of_words(&words, ty, self.precision)
             }
             _ => tensor_of_words(&self.memory[&place], ty, self.precision),
@@ -109,11 +121,17 @@ impl HostExecutor {
             let mut lent: Vec<_> = self.parameters.iter().collect();
             lent.sort_by_key(|(_, storage)| Arc::as_ptr(storage) as usize);
             lent.into_iter()
-                .map(|(&index, storage)| (index, storage.lock().unwrap_or_else(PoisonError::into_inner)))
+                .map(|(&index, storage)| {
+                    (
+                        index,
+                        storage.lock().unwrap_or_else(PoisonError::into_inner),
+                    )
+                })
                 .collect()
         };
         for (index, guard) in &mut guards {
-            self.memory.insert(Place::Parameter(*index), std::mem::take(&mut **guard));
+            self.memory
+                .insert(Place::Parameter(*index), std::mem::take(&mut **guard));
         }
         let outcome = run_steps::<R>(&mut self.memory, plan, compiled, self.checked);
         for (index, guard) in &mut guards {
@@ -138,17 +156,26 @@ fn run_steps<R: Real>(
         }
         for &(bytes, from, to) in &step.copies {
             let words = bytes.div_ceil(8) as usize;
-            let Some(mut target) = memory.remove(&to) else { continue };
+            let Some(mut target) = memory.remove(&to) else {
+                continue;
+            };
             target[..words].copy_from_slice(&memory[&from][..words]);
             memory.insert(to, target);
         }
-        let mut taken: Vec<(Place, HostBuffer)> =
-            step.outputs.iter().filter_map(|place| memory.remove(place).map(|words| (*place, words))).collect();
+        let mut taken: Vec<(Place, HostBuffer)> = step
+            .outputs
+            .iter()
+            .filter_map(|place| memory.remove(place).map(|words| (*place, words)))
+            .collect();
         let inputs = step
             .inputs
             .iter()
             .zip(&node.inputs)
-            .map(|(place, &value)| memory.get(place).map(|words| (&words[..], &compiled.types[value as usize])))
+            .map(|(place, &value)| {
+                memory
+                    .get(place)
+                    .map(|words| (&words[..], &compiled.types[value as usize]))
+            })
             .collect();
         let outputs = taken
             .iter_mut()
@@ -168,7 +195,10 @@ fn run_steps<R: Real>(
                 }
                 let floats: &[R] = &bytemuck::cast_slice(&memory[place])[..ty.elements()];
                 if let Some(element) = floats.iter().position(|x| !x.is_finite()) {
-                    return Err(Error::NotFinite { value: compiled.descriptions[value as usize].clone(), element });
+                    return Err(Error::NotFinite {
+                        value: compiled.descriptions[value as usize].clone(),
+                        element,
+                    });
                 }
             }
         }

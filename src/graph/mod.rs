@@ -123,12 +123,23 @@ impl Graph {
 
     fn push(&mut self, thing: &str, ty: TensorType, source: Source) -> Result<Value> {
         if ty.dims().contains(&0) {
-            return Err(Error::setting("shape", &ty.shape, format!("{thing}: every extent must be at least 1")));
+            return Err(Error::setting(
+                "shape",
+                &ty.shape,
+                format!("{thing}: every extent must be at least 1"),
+            ));
         }
         if ty.dtype == DType::F64 {
-            return Err(Error::setting("dtype", "f64", format!("{thing}: floats on a graph are f32")));
+            return Err(Error::setting(
+                "dtype",
+                "f64",
+                format!("{thing}: floats on a graph are f32"),
+            ));
         }
-        let elements = ty.dims().iter().try_fold(1_usize, |product, &extent| product.checked_mul(extent));
+        let elements = ty
+            .dims()
+            .iter()
+            .try_fold(1_usize, |product, &extent| product.checked_mul(extent));
         if elements.is_none_or(|count| count > MAX_ELEMENTS) {
             return Err(Error::Limit {
                 thing: thing.to_owned(),
@@ -137,7 +148,10 @@ impl Graph {
                 unit: "elements in one tensor",
             });
         }
-        let value = Value { graph: self.id, index: self.values.len() as u32 };
+        let value = Value {
+            graph: self.id,
+            index: self.values.len() as u32,
+        };
         self.values.push(ValueInfo { ty, source });
         Ok(value)
     }
@@ -163,7 +177,13 @@ impl Graph {
     ///
     /// # Errors
     /// [`Error::DuplicateName`] if an input has the name, or the parameter was declared with another shape.
-    pub fn parameter(&mut self, name: &str, shape: impl Into<Shape>, init: Init, trainable: bool) -> Result<Value> {
+    pub fn parameter(
+        &mut self,
+        name: &str,
+        shape: impl Into<Shape>,
+        init: Init,
+        trainable: bool,
+    ) -> Result<Value> {
         let ty = TensorType::f32(shape);
         if let Some(&value) = self.names.get(name) {
             let info = &self.values[value.index as usize];
@@ -179,7 +199,12 @@ impl Graph {
             };
         }
         let value = self.push(name, ty.clone(), Source::Parameter(self.parameters.len()))?;
-        self.parameters.push(ParameterSpec { name: name.to_owned(), ty, init, trainable });
+        self.parameters.push(ParameterSpec {
+            name: name.to_owned(),
+            ty,
+            init,
+            trainable,
+        });
         self.names.insert(name.to_owned(), value);
         Ok(value)
     }
@@ -203,7 +228,10 @@ impl Graph {
     /// [`Error::Shape`] if the operands do not fit, [`Error::ForeignValue`] if one is of another graph, [`Error::Limit`] if a
     /// result is too large.
     pub fn apply(&mut self, op: impl Op, inputs: &[Value]) -> Result<Vec<Value>> {
-        let types = inputs.iter().map(|&value| self.checked_type(op.name(), value)).collect::<Result<Vec<_>>>()?;
+        let types = inputs
+            .iter()
+            .map(|&value| self.checked_type(op.name(), value))
+            .collect::<Result<Vec<_>>>()?;
         let output_types = op.outputs(&types)?;
         let node = self.nodes.len();
         let outputs = output_types
@@ -211,16 +239,27 @@ impl Graph {
             .enumerate()
             .map(|(output, ty)| self.push(op.name(), ty, Source::Node { node, output }))
             .collect::<Result<Vec<_>>>()?;
-        for alias in op.aliases().iter().filter(|alias| alias.kind == AliasKind::Update) {
+        for alias in op
+            .aliases()
+            .iter()
+            .filter(|alias| alias.kind == AliasKind::Update)
+        {
             let root = self.update_root(inputs[alias.input]).ok_or_else(|| {
                 Error::shape(
                     op.name(),
-                    format!("{} cannot be updated: only parameters can", self.describe(inputs[alias.input])),
+                    format!(
+                        "{} cannot be updated: only parameters can",
+                        self.describe(inputs[alias.input])
+                    ),
                 )
             })?;
             self.updated.insert(root, outputs[alias.output]);
         }
-        self.nodes.push(Node { op: Arc::new(op), inputs: inputs.to_vec(), outputs: outputs.clone() });
+        self.nodes.push(Node {
+            op: Arc::new(op),
+            inputs: inputs.to_vec(),
+            outputs: outputs.clone(),
+        });
         Ok(outputs)
     }
 
@@ -228,7 +267,10 @@ impl Graph {
     pub(crate) fn apply1(&mut self, op: impl Op, inputs: &[Value]) -> Result<Value> {
         let name = op.name();
         let outputs = self.apply(op, inputs)?;
-        outputs.first().copied().ok_or_else(|| Error::shape(name, "has no result"))
+        outputs
+            .first()
+            .copied()
+            .ok_or_else(|| Error::shape(name, "has no result"))
     }
 
     /// The parameter whose newest state `value` is.
@@ -236,7 +278,10 @@ impl Graph {
         if let Source::Parameter(_) = self.values[value.index as usize].source {
             return (!self.updated.contains_key(&value)).then_some(value);
         }
-        self.updated.iter().find(|&(_, &newest)| newest == value).map(|(&root, _)| root)
+        self.updated
+            .iter()
+            .find(|&(_, &newest)| newest == value)
+            .map(|(&root, _)| root)
     }
 
     fn checked_type(&self, op: &'static str, value: Value) -> Result<TensorType> {
@@ -279,7 +324,10 @@ impl Graph {
         self.names
             .get(name)
             .copied()
-            .ok_or_else(|| Error::UnknownName { kind: "input or parameter", name: name.to_owned() })
+            .ok_or_else(|| Error::UnknownName {
+                kind: "input or parameter",
+                name: name.to_owned(),
+            })
     }
 
     /// The parameters declared so far.
@@ -291,13 +339,21 @@ impl Graph {
     /// The values of the trainable parameters, in the order of their declaration.
     #[must_use]
     pub fn trainable(&self) -> Vec<Value> {
-        self.parameters.iter().filter(|spec| spec.trainable).map(|spec| self.names[&spec.name]).collect()
+        self.parameters
+            .iter()
+            .filter(|spec| spec.trainable)
+            .map(|spec| self.names[&spec.name])
+            .collect()
     }
 
     /// How many elements the trainable parameters have together.
     #[must_use]
     pub fn trainable_elements(&self) -> usize {
-        self.parameters.iter().filter(|spec| spec.trainable).map(|spec| spec.ty.elements()).sum()
+        self.parameters
+            .iter()
+            .filter(|spec| spec.trainable)
+            .map(|spec| spec.ty.elements())
+            .sum()
     }
 
     /// A value's name for messages: an input's or a parameter's own, or the operation that computes it.
@@ -308,8 +364,15 @@ impl Graph {
             Source::Constant(_) => format!("constant {}", value.index),
             Source::Node { node, output } => {
                 let node_info = &self.nodes[*node];
-                let which = if node_info.outputs.len() > 1 { format!(", output {output}") } else { String::new() };
-                format!("the result of `{}` (operation {node}{which})", node_info.op.name())
+                let which = if node_info.outputs.len() > 1 {
+                    format!(", output {output}")
+                } else {
+                    String::new()
+                };
+                format!(
+                    "the result of `{}` (operation {node}{which})",
+                    node_info.op.name()
+                )
             }
         }
     }
@@ -321,13 +384,22 @@ impl fmt::Display for Graph {
         for (index, value) in self.values.iter().enumerate() {
             match &value.source {
                 Source::Input(name) => writeln!(f, "%{index} {} = input {name}", value.ty)?,
-                Source::Parameter(p) => writeln!(f, "%{index} {} = parameter {}", value.ty, self.parameters[*p].name)?,
+                Source::Parameter(p) => writeln!(
+                    f,
+                    "%{index} {} = parameter {}",
+                    value.ty, self.parameters[*p].name
+                )?,
                 Source::Constant(_) => writeln!(f, "%{index} {} = constant", value.ty)?,
                 Source::Node { node, output: 0 } => {
                     let node = &self.nodes[*node];
                     for (position, output) in node.outputs.iter().enumerate() {
                         let ty = &self.values[output.index as usize].ty;
-                        write!(f, "{}%{} {ty}", if position > 0 { ", " } else { "" }, output.index)?;
+                        write!(
+                            f,
+                            "{}%{} {ty}",
+                            if position > 0 { ", " } else { "" },
+                            output.index
+                        )?;
                     }
                     write!(f, " = {}", node.op.name())?;
                     for input in &node.inputs {

@@ -86,7 +86,11 @@ pub(crate) struct Target<'a> {
 
 impl Target<'_> {
     pub(crate) fn bytes(&self, ty: &TensorType) -> u64 {
-        let element = if ty.dtype == DType::I32 { 4 } else { self.float_bytes };
+        let element = if ty.dtype == DType::I32 {
+            4
+        } else {
+            self.float_bytes
+        };
         (ty.elements() as u64 * element).next_multiple_of(BUFFER_ALIGNMENT)
     }
 }
@@ -98,8 +102,18 @@ impl Graph {
     /// # Errors
     /// [`Error::Limit`] if an operation is more than such a device can do.
     pub fn launches(&self, capabilities: &Capabilities) -> Result<Vec<Launch>> {
-        let plan = plan(self, Target { capabilities: Some(capabilities), float_bytes: 4 })?;
-        Ok(plan.steps.into_iter().flat_map(|step| step.launches.launches).collect())
+        let plan = plan(
+            self,
+            Target {
+                capabilities: Some(capabilities),
+                float_bytes: 4,
+            },
+        )?;
+        Ok(plan
+            .steps
+            .into_iter()
+            .flat_map(|step| step.launches.launches)
+            .collect())
     }
 }
 
@@ -123,12 +137,13 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
                 continue;
             }
             let (input, output) = (info.inputs[alias.input], info.outputs[alias.output]);
-            let shared_elsewhere = info
-                .inputs
-                .iter()
-                .enumerate()
-                .any(|(other, &value)| other != alias.input && classes.find(value) == classes.find(input));
-            if graph.is_computed(input) && !classes.is_fixed(input) && !shared_elsewhere && classes.last(input) == time
+            let shared_elsewhere = info.inputs.iter().enumerate().any(|(other, &value)| {
+                other != alias.input && classes.find(value) == classes.find(input)
+            });
+            if graph.is_computed(input)
+                && !classes.is_fixed(input)
+                && !shared_elsewhere
+                && classes.last(input) == time
             {
                 classes.join(input, output);
             } else {
@@ -148,7 +163,11 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
             }
             let bytes = target.bytes(&graph.values[output.index as usize].ty);
             block_of_class[class] = Some(blocks.len());
-            blocks.push(Block { bytes, first: time, last: classes.last(output).max(time) });
+            blocks.push(Block {
+                bytes,
+                first: time,
+                last: classes.last(output).max(time),
+            });
         }
     }
     for (time, &node) in live.iter().enumerate() {
@@ -156,17 +175,30 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
         let launches = match target.capabilities {
             Some(capabilities) => {
                 let types = |values: &[Value]| -> Vec<TensorType> {
-                    values.iter().map(|value| graph.values[value.index as usize].ty.clone()).collect()
+                    values
+                        .iter()
+                        .map(|value| graph.values[value.index as usize].ty.clone())
+                        .collect()
                 };
                 let (inputs, outputs) = (types(&info.inputs), types(&info.outputs));
-                info.op.launches(LaunchTypes { inputs: &inputs, outputs: &outputs }, capabilities)?
+                info.op.launches(
+                    LaunchTypes {
+                        inputs: &inputs,
+                        outputs: &outputs,
+                    },
+                    capabilities,
+                )?
             }
             None => Launches::default(),
         };
         let first_scratch = blocks.len();
         for &bytes in &launches.scratch {
             let bytes = bytes.next_multiple_of(BUFFER_ALIGNMENT);
-            blocks.push(Block { bytes, first: time, last: time });
+            blocks.push(Block {
+                bytes,
+                first: time,
+                last: time,
+            });
         }
         scratch_blocks.push((launches, first_scratch..blocks.len()));
     }
@@ -174,7 +206,10 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
     let (pool, pool_of_block) = assign(&blocks);
     let mut places = vec![None; graph.values.len()];
     for (index, info) in graph.values.iter().enumerate() {
-        let value = Value { graph: graph.id, index: index as u32 };
+        let value = Value {
+            graph: graph.id,
+            index: index as u32,
+        };
         let class = classes.find(value);
         places[index] = match classes.fixed[class] {
             Some(place) => Some(place),
@@ -182,25 +217,43 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
                 Source::Input(_) => Some(Place::Input(index as u32)),
                 Source::Constant(_) => Some(Place::Constant(index as u32)),
                 Source::Parameter(parameter) => Some(Place::Parameter(parameter)),
-                Source::Node { .. } => block_of_class[class].map(|block| Place::Pool(pool_of_block[block])),
+                Source::Node { .. } => {
+                    block_of_class[class].map(|block| Place::Pool(pool_of_block[block]))
+                }
             },
         };
     }
-    let place =
-        |value: Value| places[value.index as usize].ok_or_else(|| Error::NotKept { value: graph.describe(value) });
+    let place = |value: Value| {
+        places[value.index as usize].ok_or_else(|| Error::NotKept {
+            value: graph.describe(value),
+        })
+    };
     for ((&node, (launches, scratch)), copies) in live.iter().zip(scratch_blocks).zip(copies_of) {
         let info = &graph.nodes[node];
         steps.push(Step {
             node,
-            copied_values: copies.iter().map(|(from, to)| (from.index, to.index)).collect(),
+            copied_values: copies
+                .iter()
+                .map(|(from, to)| (from.index, to.index))
+                .collect(),
             copies: copies
                 .into_iter()
                 .map(|(from, to)| Ok((target.bytes(graph.ty(from)?), place(from)?, place(to)?)))
                 .collect::<Result<_>>()?,
-            inputs: info.inputs.iter().map(|&value| place(value)).collect::<Result<_>>()?,
-            outputs: info.outputs.iter().map(|&value| place(value)).collect::<Result<_>>()?,
+            inputs: info
+                .inputs
+                .iter()
+                .map(|&value| place(value))
+                .collect::<Result<_>>()?,
+            outputs: info
+                .outputs
+                .iter()
+                .map(|&value| place(value))
+                .collect::<Result<_>>()?,
             launches,
-            scratch: scratch.map(|block| Place::Pool(pool_of_block[block])).collect(),
+            scratch: scratch
+                .map(|block| Place::Pool(pool_of_block[block]))
+                .collect(),
         });
     }
 
@@ -208,15 +261,26 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
         .iter()
         .flat_map(|step| step.inputs.iter().chain(&step.outputs))
         .copied()
-        .chain(graph.outputs.iter().filter_map(|value| places[value.index as usize]))
+        .chain(
+            graph
+                .outputs
+                .iter()
+                .filter_map(|value| places[value.index as usize]),
+        )
         .collect();
     used.sort_by_key(|place| match *place {
         Place::Pool(index) | Place::Parameter(index) => index,
         Place::Input(index) | Place::Constant(index) => index as usize,
     });
     used.dedup();
-    let classes =
-        (0..graph.values.len()).map(|index| classes.find(Value { graph: graph.id, index: index as u32 })).collect();
+    let classes = (0..graph.values.len())
+        .map(|index| {
+            classes.find(Value {
+                graph: graph.id,
+                index: index as u32,
+            })
+        })
+        .collect();
     let mut plan = Plan {
         steps,
         places,
@@ -237,8 +301,17 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
     }
     let value_bytes = |index: &u32| target.bytes(&graph.values[*index as usize].ty);
     plan.memory = MemoryReport {
-        parameters: plan.parameters.iter().map(|&index| target.bytes(&graph.parameters[index].ty)).sum(),
-        inputs: plan.inputs.iter().chain(&plan.constants).map(value_bytes).sum(),
+        parameters: plan
+            .parameters
+            .iter()
+            .map(|&index| target.bytes(&graph.parameters[index].ty))
+            .sum(),
+        inputs: plan
+            .inputs
+            .iter()
+            .chain(&plan.constants)
+            .map(value_bytes)
+            .sum(),
         pool: plan.pool.iter().sum(),
         pool_lower_bound: lower_bound(&blocks, live.len()),
         pool_buffers: plan.pool.len(),
@@ -261,8 +334,17 @@ fn live_nodes(graph: &Graph) -> Vec<usize> {
     }
     let mut live = Vec::new();
     for (index, node) in graph.nodes.iter().enumerate().rev() {
-        let updates = node.op.aliases().iter().any(|alias| alias.kind == AliasKind::Update);
-        if updates || node.outputs.iter().any(|output| needed[output.index as usize]) {
+        let updates = node
+            .op
+            .aliases()
+            .iter()
+            .any(|alias| alias.kind == AliasKind::Update);
+        if updates
+            || node
+                .outputs
+                .iter()
+                .any(|output| needed[output.index as usize])
+        {
             for input in &node.inputs {
                 needed[input.index as usize] = true;
             }
@@ -284,7 +366,11 @@ struct Classes {
 impl Classes {
     fn new(graph: &Graph, live: &[usize]) -> Result<Self> {
         let count = graph.values.len();
-        let mut classes = Self { parent: (0..count).collect(), last: vec![0; count], fixed: vec![None; count] };
+        let mut classes = Self {
+            parent: (0..count).collect(),
+            last: vec![0; count],
+            fixed: vec![None; count],
+        };
         for (index, info) in graph.values.iter().enumerate() {
             classes.fixed[index] = match info.source {
                 Source::Input(_) => Some(Place::Input(index as u32)),
@@ -300,7 +386,10 @@ impl Classes {
                 if stale[input.index as usize] {
                     return Err(Error::shape(
                         info.op.name(),
-                        format!("reads {} after an update: use the updated value", graph.describe(input)),
+                        format!(
+                            "reads {} after an update: use the updated value",
+                            graph.describe(input)
+                        ),
                     ));
                 }
                 let root = classes.find(input);
@@ -311,7 +400,9 @@ impl Classes {
             }
             for alias in info.op.aliases() {
                 match alias.kind {
-                    AliasKind::View => classes.join(info.inputs[alias.input], info.outputs[alias.output]),
+                    AliasKind::View => {
+                        classes.join(info.inputs[alias.input], info.outputs[alias.output]);
+                    }
                     AliasKind::Update => {
                         classes.join(info.inputs[alias.input], info.outputs[alias.output]);
                         stale[info.inputs[alias.input].index as usize] = true;
@@ -362,9 +453,13 @@ fn assign(blocks: &[Block]) -> (Vec<u64>, Vec<usize>) {
     for index in order {
         let block = &blocks[index];
         let free = |residents: &[usize]| {
-            residents.iter().all(|&other| blocks[other].last < block.first || block.last < blocks[other].first)
+            residents
+                .iter()
+                .all(|&other| blocks[other].last < block.first || block.last < blocks[other].first)
         };
-        let best = (0..pool.len()).filter(|&slot| free(&pool[slot].1)).min_by_key(|&slot| pool[slot].0);
+        let best = (0..pool.len())
+            .filter(|&slot| free(&pool[slot].1))
+            .min_by_key(|&slot| pool[slot].0);
         let slot = best.unwrap_or_else(|| {
             pool.push((block.bytes, Vec::new()));
             pool.len() - 1
@@ -372,13 +467,20 @@ fn assign(blocks: &[Block]) -> (Vec<u64>, Vec<usize>) {
         pool[slot].1.push(index);
         pool_of_block[index] = slot;
     }
-    (pool.into_iter().map(|(bytes, _)| bytes).collect(), pool_of_block)
+    (
+        pool.into_iter().map(|(bytes, _)| bytes).collect(),
+        pool_of_block,
+    )
 }
 
 fn lower_bound(blocks: &[Block], steps: usize) -> u64 {
     (0..steps)
         .map(|time| {
-            blocks.iter().filter(|block| block.first <= time && time <= block.last).map(|block| block.bytes).sum()
+            blocks
+                .iter()
+                .filter(|block| block.first <= time && time <= block.last)
+                .map(|block| block.bytes)
+                .sum()
         })
         .max()
         .unwrap_or(0)
@@ -390,14 +492,31 @@ mod tests {
 
     #[test]
     fn blocks_alive_together_never_share_a_buffer() {
-        let spans = [(4, 0, 2), (8, 1, 3), (4, 3, 5), (16, 4, 4), (8, 5, FOREVER), (4, 6, 7), (2, 0, 7)];
-        let blocks: Vec<Block> = spans.iter().map(|&(bytes, first, last)| Block { bytes, first, last }).collect();
+        let spans = [
+            (4, 0, 2),
+            (8, 1, 3),
+            (4, 3, 5),
+            (16, 4, 4),
+            (8, 5, FOREVER),
+            (4, 6, 7),
+            (2, 0, 7),
+        ];
+        let blocks: Vec<Block> = spans
+            .iter()
+            .map(|&(bytes, first, last)| Block { bytes, first, last })
+            .collect();
         let (pool, places) = assign(&blocks);
         for (a, x) in blocks.iter().enumerate() {
-            assert!(pool[places[a]] >= x.bytes, "block {a} does not fit its buffer");
+            assert!(
+                pool[places[a]] >= x.bytes,
+                "block {a} does not fit its buffer"
+            );
             for (b, y) in blocks.iter().enumerate().skip(a + 1) {
                 let together = x.first <= y.last && y.first <= x.last;
-                assert!(!(together && places[a] == places[b]), "blocks {a} and {b} overlap in time and space");
+                assert!(
+                    !(together && places[a] == places[b]),
+                    "blocks {a} and {b} overlap in time and space"
+                );
             }
         }
         assert_eq!(lower_bound(&blocks, 8), 22, "at step 4: 4 + 16 + 2");

@@ -77,8 +77,14 @@ impl Graph {
     pub fn compile_with(&self, store: &ParameterStore, options: SessionOptions) -> Result<Session> {
         let device = store.device().clone();
         let target = match device.kind() {
-            Kind::Gpu(gpu) => Target { capabilities: Some(&gpu.summary.capabilities), float_bytes: 4 },
-            Kind::Host { precision, .. } => Target { capabilities: None, float_bytes: precision.float_bytes() },
+            Kind::Gpu(gpu) => Target {
+                capabilities: Some(&gpu.summary.capabilities),
+                float_bytes: 4,
+            },
+            Kind::Host { precision, .. } => Target {
+                capabilities: None,
+                float_bytes: precision.float_bytes(),
+            },
         };
         let plan = plan(self, target)?;
         let compiled = self.compiled(&plan)?;
@@ -91,13 +97,28 @@ impl Graph {
             }
         }
         let executor = match device.kind() {
-            Kind::Gpu(gpu) => Executor::Gpu(Box::new(GpuExecutor::new(gpu, &plan, &compiled, &gpu_parameters)?)),
-            Kind::Host { precision, checked } => {
-                Executor::Host(HostExecutor::new(*precision, *checked, &plan, &compiled, host_parameters))
-            }
+            Kind::Gpu(gpu) => Executor::Gpu(Box::new(GpuExecutor::new(
+                gpu,
+                &plan,
+                &compiled,
+                &gpu_parameters,
+            )?)),
+            Kind::Host { precision, checked } => Executor::Host(HostExecutor::new(
+                *precision,
+                *checked,
+                &plan,
+                &compiled,
+                host_parameters,
+            )),
         };
         let written = plan.inputs.iter().map(|&input| (input, false)).collect();
-        let mut session = Session { device, plan, compiled, executor, written };
+        let mut session = Session {
+            device,
+            plan,
+            compiled,
+            executor,
+            written,
+        };
         if options.poison {
             session.poison()?;
         }
@@ -109,14 +130,24 @@ impl Graph {
         let mut ranges: HashMap<u32, Vec<(usize, Option<i32>)>> = HashMap::new();
         for step in &plan.steps {
             let node = &self.nodes[step.node];
-            let inputs: Vec<TensorType> = node.inputs.iter().map(|value| types[value.index as usize].clone()).collect();
+            let inputs: Vec<TensorType> = node
+                .inputs
+                .iter()
+                .map(|value| types[value.index as usize].clone())
+                .collect();
             for range in node.op.index_ranges(&inputs) {
                 // A view of an input (a reshape) is written through the input.
                 let class = plan.classes[node.inputs[range.input].index as usize] as u32;
-                ranges.entry(class).or_default().push((range.limit, range.ignored));
+                ranges
+                    .entry(class)
+                    .or_default()
+                    .push((range.limit, range.ignored));
             }
         }
-        let value_at = |index: usize| Value { graph: self.id, index: index as u32 };
+        let value_at = |index: usize| Value {
+            graph: self.id,
+            index: index as u32,
+        };
         Ok(Compiled {
             graph: self.id,
             nodes: self
@@ -126,7 +157,11 @@ impl Graph {
                     op: Arc::clone(&node.op),
                     inputs: node.inputs.iter().map(|value| value.index).collect(),
                     outputs: node.outputs.iter().map(|value| value.index).collect(),
-                    is_view: node.op.aliases().iter().any(|alias| alias.kind == AliasKind::View),
+                    is_view: node
+                        .op
+                        .aliases()
+                        .iter()
+                        .any(|alias| alias.kind == AliasKind::View),
                 })
                 .collect(),
             constants: plan
@@ -137,7 +172,9 @@ impl Graph {
                     _ => None,
                 })
                 .collect(),
-            descriptions: (0..self.values.len()).map(|index| self.describe(value_at(index))).collect(),
+            descriptions: (0..self.values.len())
+                .map(|index| self.describe(value_at(index)))
+                .collect(),
             parameter_types: self.parameters.iter().map(|spec| spec.ty.clone()).collect(),
             ranges,
             inputs: self
@@ -183,8 +220,17 @@ impl Session {
     /// [`Error::UnknownName`] if there is no such input; and as [`Session::write`].
     pub fn set(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
         let index = self.compiled.inputs.get(name).copied();
-        let index = index.ok_or_else(|| Error::UnknownName { kind: "input", name: name.to_owned() })?;
-        self.write(Value { graph: self.compiled.graph, index }, tensor)
+        let index = index.ok_or_else(|| Error::UnknownName {
+            kind: "input",
+            name: name.to_owned(),
+        })?;
+        self.write(
+            Value {
+                graph: self.compiled.graph,
+                index,
+            },
+            tensor,
+        )
     }
 
     /// Writes an input. It stays until it is written again.
@@ -196,27 +242,48 @@ impl Session {
         let index = self.index(value)?;
         let description = || self.compiled.descriptions[index as usize].clone();
         if !self.compiled.inputs.values().any(|&input| input == index) {
-            return Err(Error::UnknownName { kind: "input", name: description() });
+            return Err(Error::UnknownName {
+                kind: "input",
+                name: description(),
+            });
         }
         let expected = &self.compiled.types[index as usize];
         let integers = tensor.dtype() == DType::I32;
         if tensor.shape() != &expected.shape || integers != (expected.dtype == DType::I32) {
-            return Err(Error::TypeMismatch { name: description(), expected: expected.clone(), found: tensor.ty() });
+            return Err(Error::TypeMismatch {
+                name: description(),
+                expected: expected.clone(),
+                found: tensor.ty(),
+            });
         }
         for &(limit, ignored) in self.compiled.ranges.get(&index).into_iter().flatten() {
-            let outside = |&&found: &&i32| Some(found) != ignored && (found < 0 || found as usize >= limit);
+            let outside =
+                |&&found: &&i32| Some(found) != ignored && (found < 0 || found as usize >= limit);
             let indices = tensor.as_i32().unwrap_or_default();
-            if let Some((position, &found)) = indices.iter().enumerate().find(|(_, found)| outside(found)) {
-                return Err(Error::IndexOutOfRange { name: description(), position, index: found, limit, ignored });
+            if let Some((position, &found)) =
+                indices.iter().enumerate().find(|(_, found)| outside(found))
+            {
+                return Err(Error::IndexOutOfRange {
+                    name: description(),
+                    position,
+                    index: found,
+                    limit,
+                    ignored,
+                });
             }
         }
         if self.device.is_checked()
             && let Some(element) = tensor.first_not_finite()
         {
-            return Err(Error::NotFinite { value: description(), element });
+            return Err(Error::NotFinite {
+                value: description(),
+                element,
+            });
         }
         // An input that nothing uses has no memory and needs none.
-        let Some(written) = self.written.get_mut(&index) else { return Ok(()) };
+        let Some(written) = self.written.get_mut(&index) else {
+            return Ok(());
+        };
         *written = true;
         match &mut self.executor {
             Executor::Gpu(gpu) => gpu.write(Place::Input(index), tensor),
@@ -237,15 +304,21 @@ impl Session {
         let index = self.index(value)?;
         let place = self.plan.places[index as usize];
         let is_input = matches!(place, Some(Place::Input(_)));
-        let is_output = self.compiled.outputs.contains(&index) && matches!(place, Some(Place::Pool(_)));
+        let is_output =
+            self.compiled.outputs.contains(&index) && matches!(place, Some(Place::Pool(_)));
         if !is_input && !is_output {
-            return Err(Error::NotKept { value: self.compiled.descriptions[index as usize].clone() });
+            return Err(Error::NotKept {
+                value: self.compiled.descriptions[index as usize].clone(),
+            });
         }
-        let needed =
-            (self.compiled.types[index as usize].bytes() as u64).next_multiple_of(crate::device::BUFFER_ALIGNMENT);
+        let needed = (self.compiled.types[index as usize].bytes() as u64)
+            .next_multiple_of(crate::device::BUFFER_ALIGNMENT);
         if buffer.size() < needed {
             return Err(Error::Limit {
-                thing: format!("{}, bound to the host's buffer", self.compiled.descriptions[index as usize]),
+                thing: format!(
+                    "{}, bound to the host's buffer",
+                    self.compiled.descriptions[index as usize]
+                ),
                 needed,
                 limit: buffer.size(),
                 unit: "bytes",
@@ -377,13 +450,19 @@ impl Session {
 
     fn ready(&self) -> Result<()> {
         match self.written.iter().find(|(_, written)| !**written) {
-            Some((&input, _)) => Err(Error::MissingInput { name: self.compiled.descriptions[input as usize].clone() }),
+            Some((&input, _)) => Err(Error::MissingInput {
+                name: self.compiled.descriptions[input as usize].clone(),
+            }),
             None => Ok(()),
         }
     }
 
     fn index(&self, value: Value) -> Result<u32> {
-        if value.graph == self.compiled.graph { Ok(value.index) } else { Err(Error::ForeignValue { op: "session" }) }
+        if value.graph == self.compiled.graph {
+            Ok(value.index)
+        } else {
+            Err(Error::ForeignValue { op: "session" })
+        }
     }
 
     /// The values' indices, if all of them can be read.
@@ -392,23 +471,30 @@ impl Session {
             .iter()
             .map(|&value| {
                 let index = self.index(value)?;
-                let kept = self.compiled.outputs.contains(&index) && self.plan.places[index as usize].is_some();
+                let kept = self.compiled.outputs.contains(&index)
+                    && self.plan.places[index as usize].is_some();
                 if kept {
                     Ok(index)
                 } else {
-                    Err(Error::NotKept { value: self.compiled.descriptions[index as usize].clone() })
+                    Err(Error::NotKept {
+                        value: self.compiled.descriptions[index as usize].clone(),
+                    })
                 }
             })
             .collect()
     }
 
     fn host_values(&self, indices: &[u32]) -> Result<Vec<Tensor>> {
-        let Executor::Host(host) = &self.executor else { return Ok(Vec::new()) };
+        let Executor::Host(host) = &self.executor else {
+            return Ok(Vec::new());
+        };
         indices
             .iter()
             .map(|&index| match self.plan.places[index as usize] {
                 Some(place) => host.read(place, &self.compiled.types[index as usize]),
-                None => Err(Error::NotKept { value: self.compiled.descriptions[index as usize].clone() }),
+                None => Err(Error::NotKept {
+                    value: self.compiled.descriptions[index as usize].clone(),
+                }),
             })
             .collect()
     }

@@ -37,7 +37,10 @@ impl ParameterStore {
     /// An empty store on a device.
     #[must_use]
     pub fn new(device: &Device) -> Self {
-        Self { device: device.clone(), entries: Arc::default() }
+        Self {
+            device: device.clone(),
+            entries: Arc::default(),
+        }
     }
 
     /// The device that the parameters live on.
@@ -57,7 +60,11 @@ impl ParameterStore {
             match self.ty(&spec.name) {
                 Some(found) if found == spec.ty => {}
                 Some(found) => {
-                    return Err(Error::TypeMismatch { name: spec.name.clone(), expected: spec.ty.clone(), found });
+                    return Err(Error::TypeMismatch {
+                        name: spec.name.clone(),
+                        expected: spec.ty.clone(),
+                        found,
+                    });
                 }
                 None => self.insert(&spec.name, &start(spec, seed)?)?,
             }
@@ -78,12 +85,18 @@ impl ParameterStore {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(entry) = entries.get(name) {
             if entry.ty != ty {
-                return Err(Error::TypeMismatch { name: name.to_owned(), expected: entry.ty.clone(), found: ty });
+                return Err(Error::TypeMismatch {
+                    name: name.to_owned(),
+                    expected: entry.ty.clone(),
+                    found: ty,
+                });
             }
             return self.write(&entry.storage, tensor);
         }
         let storage = match self.device.kind() {
-            Kind::Gpu(gpu) => Storage::Gpu(gpu.allocate(&format!("the parameter `{name}`"), ty.bytes() as u64)?),
+            Kind::Gpu(gpu) => {
+                Storage::Gpu(gpu.allocate(&format!("the parameter `{name}`"), ty.bytes() as u64)?)
+            }
             Kind::Host { .. } => Storage::Host(Arc::default()),
         };
         self.write(&storage, tensor)?;
@@ -93,11 +106,12 @@ impl ParameterStore {
 
     fn write(&self, storage: &Storage, tensor: &Tensor) -> Result<()> {
         match (storage, self.device.kind()) {
-            (Storage::Gpu(buffer), Kind::Gpu(gpu)) => {
-                gpu.scoped("writing a parameter", 0, || gpu.write(buffer, bytemuck::cast_slice(&tensor.to_f32())))
-            }
+            (Storage::Gpu(buffer), Kind::Gpu(gpu)) => gpu.scoped("writing a parameter", 0, || {
+                gpu.write(buffer, bytemuck::cast_slice(&tensor.to_f32()));
+            }),
             (Storage::Host(words), Kind::Host { precision, .. }) => {
-                *words.lock().unwrap_or_else(PoisonError::into_inner) = host_words(tensor, *precision);
+                *words.lock().unwrap_or_else(PoisonError::into_inner) =
+                    host_words(tensor, *precision);
                 Ok(())
             }
             _ => unreachable!("an entry is made on the store's own device"),
@@ -107,18 +121,30 @@ impl ParameterStore {
     /// The names, in alphabetical order.
     #[must_use]
     pub fn names(&self) -> Vec<String> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
+        self.entries
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .keys()
+            .cloned()
+            .collect()
     }
 
     /// The type of a parameter, if it is there.
     #[must_use]
     pub fn ty(&self, name: &str) -> Option<TensorType> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).get(name).map(|entry| entry.ty.clone())
+        self.entries
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(name)
+            .map(|entry| entry.ty.clone())
     }
 
     /// Removes a parameter; sessions that use it keep it alive.
     pub fn remove(&self, name: &str) {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        self.entries
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(name);
     }
 
     /// A copy of a parameter on the host, once everything submitted so far is done.
@@ -154,14 +180,24 @@ impl ParameterStore {
 
     fn entry(&self, name: &str) -> Result<Entry> {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        entries.get(name).cloned().ok_or_else(|| Error::UnknownName { kind: "parameter", name: name.to_owned() })
+        entries
+            .get(name)
+            .cloned()
+            .ok_or_else(|| Error::UnknownName {
+                kind: "parameter",
+                name: name.to_owned(),
+            })
     }
 
     /// The memory of a parameter that a graph declares.
     pub(crate) fn storage(&self, spec: &ParameterSpec) -> Result<Storage> {
         let entry = self.entry(&spec.name)?;
         if entry.ty != spec.ty {
-            return Err(Error::TypeMismatch { name: spec.name.clone(), expected: spec.ty.clone(), found: entry.ty });
+            return Err(Error::TypeMismatch {
+                name: spec.name.clone(),
+                expected: spec.ty.clone(),
+                found: entry.ty,
+            });
         }
         Ok(entry.storage)
     }
@@ -174,7 +210,9 @@ fn start(spec: &ParameterSpec, seed: u64) -> Result<Tensor> {
     let stream = spec
         .name
         .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
     let mut generator = ChaCha8Rng::seed_from_u64(seed);
     generator.set_stream(stream);
     // In (0, 1), from 24 random bits.
@@ -184,9 +222,16 @@ fn start(spec: &ParameterSpec, seed: u64) -> Result<Tensor> {
         Init::Ones => vec![1.0; count],
         Init::Uniform { bound } => (0..count).map(|_| (2.0 * unit() - 1.0) * bound).collect(),
         Init::Normal { deviation } => (0..count)
-            .map(|_| deviation * (-2.0 * unit().ln()).sqrt() * (std::f32::consts::TAU * unit()).cos())
+            .map(|_| {
+                deviation * (-2.0 * unit().ln()).sqrt() * (std::f32::consts::TAU * unit()).cos()
+            })
             .collect(),
-        Init::Provided => return Err(Error::UnknownName { kind: "provided parameter", name: spec.name.clone() }),
+        Init::Provided => {
+            return Err(Error::UnknownName {
+                kind: "provided parameter",
+                name: spec.name.clone(),
+            });
+        }
     };
     Tensor::new(spec.ty.shape.clone(), TensorData::F32(data))
 }

@@ -28,7 +28,11 @@ impl AdapterOptions {
     /// A rank and an alpha, the factor being `alpha / rank`.
     #[must_use]
     pub fn new(rank: usize, alpha: f32) -> Self {
-        Self { rank, alpha, scale: AdapterScale::Standard }
+        Self {
+            rank,
+            alpha,
+            scale: AdapterScale::Standard,
+        }
     }
 
     /// The factor in front of the adapter.
@@ -42,13 +46,21 @@ impl AdapterOptions {
 
     pub(crate) fn check(&self, base: &Linear) -> Result<()> {
         if self.rank == 0 {
-            return Err(Error::setting("rank", self.rank, "an adapter needs at least rank 1"));
+            return Err(Error::setting(
+                "rank",
+                self.rank,
+                "an adapter needs at least rank 1",
+            ));
         }
         if !self.alpha.is_finite() {
             return Err(Error::setting("alpha", self.alpha, "must be finite"));
         }
         if base.d_in == 0 || base.d_out == 0 {
-            return Err(Error::setting("d_in, d_out", format!("{}, {}", base.d_in, base.d_out), "must be at least 1"));
+            return Err(Error::setting(
+                "d_in, d_out",
+                format!("{}, {}", base.d_in, base.d_out),
+                "must be at least 1",
+            ));
         }
         Ok(())
     }

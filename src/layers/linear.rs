@@ -19,7 +19,12 @@ pub struct Linear {
 impl Linear {
     /// A frozen linear layer.
     pub fn new(name: impl Into<String>, d_in: usize, d_out: usize) -> Self {
-        Self { name: name.into(), d_in, d_out, trainable: false }
+        Self {
+            name: name.into(),
+            d_in,
+            d_out,
+            trainable: false,
+        }
     }
 
     /// The same layer, its weight trained.
@@ -35,7 +40,12 @@ impl Linear {
     /// [`Error::DuplicateName`](crate::Error::DuplicateName) if the name is taken by something else.
     pub fn weight(&self, graph: &mut Graph) -> Result<Value> {
         let init = kaiming(self.d_in);
-        graph.parameter(&format!("{}.weight", self.name), [self.d_out, self.d_in], init, self.trainable)
+        graph.parameter(
+            &format!("{}.weight", self.name),
+            [self.d_out, self.d_in],
+            init,
+            self.trainable,
+        )
     }
 
     /// `x Wᵀ` for `x` `[tokens, d_in]`.
@@ -50,5 +60,7 @@ impl Linear {
 
 /// Kaiming's uniform start with a = √5, as PyTorch's linear layers have it.
 pub(crate) fn kaiming(d_in: usize) -> Init {
-    Init::Uniform { bound: 1.0 / (d_in.max(1) as f32).sqrt() }
+    Init::Uniform {
+        bound: 1.0 / (d_in.max(1) as f32).sqrt(),
+    }
 }

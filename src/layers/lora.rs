@@ -30,13 +30,24 @@ impl Lora {
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if `x` is not `[tokens, d_in]`.
     pub fn forward(&self, graph: &mut Graph, x: Value) -> Result<Value> {
-        let Linear { name, d_in, d_out, .. } = &self.base;
+        let Linear {
+            name, d_in, d_out, ..
+        } = &self.base;
         let rank = self.options.rank;
         let base = self.base.forward(graph, x)?;
-        let a = graph.parameter(&format!("{name}.lora_a"), [rank, *d_in], kaiming(*d_in), true)?;
+        let a = graph.parameter(
+            &format!("{name}.lora_a"),
+            [rank, *d_in],
+            kaiming(*d_in),
+            true,
+        )?;
         let b = graph.parameter(&format!("{name}.lora_b"), [*d_out, rank], Init::Zeros, true)?;
         let z = graph.matmul_nt(x, a)?;
-        let expand = MatMul { transpose_b: true, alpha: self.options.factor(), ..MatMul::default() };
+        let expand = MatMul {
+            transpose_b: true,
+            alpha: self.options.factor(),
+            ..MatMul::default()
+        };
         graph.matmul_with(z, b, expand, Some(base))
     }
 

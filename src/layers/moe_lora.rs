@@ -21,16 +21,28 @@ impl RouterOptions {
     /// So many experts, `top_k` a token, gates renormalised.
     #[must_use]
     pub fn new(experts: usize, top_k: usize) -> Self {
-        Self { experts, top_k, renormalize: true }
+        Self {
+            experts,
+            top_k,
+            renormalize: true,
+        }
     }
 
     pub(crate) fn check(&self) -> Result<()> {
         let Self { experts, top_k, .. } = *self;
         if experts == 0 {
-            return Err(Error::setting("experts", experts, "there must be at least 1"));
+            return Err(Error::setting(
+                "experts",
+                experts,
+                "there must be at least 1",
+            ));
         }
         if top_k == 0 || top_k > experts {
-            return Err(Error::setting("top_k", top_k, format!("must be between 1 and the {experts} experts")));
+            return Err(Error::setting(
+                "top_k",
+                top_k,
+                format!("must be between 1 and the {experts} experts"),
+            ));
         }
         Ok(())
     }
@@ -53,8 +65,13 @@ impl RoutedOutput {
     ///
     /// # Errors
     /// As [`Graph::balance_loss`] and [`Graph::z_loss`].
-    pub fn auxiliary_loss(&self, graph: &mut Graph, balance_coefficient: f32, z_coefficient: f32) -> Result<Value> {
-        let balance = graph.balance_loss(self.logits, self.routed.experts)?.loss;
+    pub fn auxiliary_loss(
+        &self,
+        graph: &mut Graph,
+        balance_coefficient: f32,
+        z_coefficient: f32,
+    ) -> Result<Value> {
+        let balance = graph.balance_loss(self.logits, self.routed.experts())?.loss;
         let z = graph.z_loss(self.logits)?;
         let balance = graph.scale(balance, balance_coefficient)?;
         let z = graph.scale(z, z_coefficient)?;
@@ -82,7 +99,11 @@ impl MoeLora {
     pub fn new(base: Linear, options: AdapterOptions, router: RouterOptions) -> Result<Self> {
         options.check(&base)?;
         router.check()?;
-        Ok(Self { base, options, router })
+        Ok(Self {
+            base,
+            options,
+            router,
+        })
     }
 
     /// The output for `x` `[tokens, d_in]`. A and the router start uniform in ±1/√d_in, B at zero.
@@ -100,23 +121,59 @@ impl MoeLora {
         x: Value,
         latents: impl FnOnce(&mut Graph, Value, &Routed) -> Result<Value>,
     ) -> Result<RoutedOutput> {
-        let Linear { name, d_in, d_out, .. } = &self.base;
-        let (rank, RouterOptions { experts, top_k, renormalize }) = (self.options.rank, self.router);
+        let Linear {
+            name, d_in, d_out, ..
+        } = &self.base;
+        let (
+            rank,
+            RouterOptions {
+                experts,
+                top_k,
+                renormalize,
+            },
+        ) = (self.options.rank, self.router);
         let base = self.base.forward(graph, x)?;
-        let router = graph.parameter(&format!("{name}.router"), [experts, *d_in], kaiming(*d_in), true)?;
-        let a = graph.parameter(&format!("{name}.lora_a"), [experts, rank, *d_in], kaiming(*d_in), true)?;
-        let b = graph.parameter(&format!("{name}.lora_b"), [experts, *d_out, rank], Init::Zeros, true)?;
+        let router = graph.parameter(
+            &format!("{name}.router"),
+            [experts, *d_in],
+            kaiming(*d_in),
+            true,
+        )?;
+        let a = graph.parameter(
+            &format!("{name}.lora_a"),
+            [experts, rank, *d_in],
+            kaiming(*d_in),
+            true,
+        )?;
+        let b = graph.parameter(
+            &format!("{name}.lora_b"),
+            [experts, *d_out, rank],
+            Init::Zeros,
+            true,
+        )?;
         let logits = graph.matmul_nt(x, router)?;
         let routed = graph.route(logits, top_k, renormalize)?;
-        let z = graph.shrink(x, a, Layout::OutIn, routed.into())?;
+        let z = graph.shrink(x, a, Layout::OutIn, routed.segments)?;
         let z = latents(graph, z, &routed)?;
-        let output = graph.expand(z, b, Layout::OutIn, routed, self.options.factor(), Some(base))?;
-        Ok(RoutedOutput { output, logits, routed })
+        let output = graph.expand(
+            z,
+            b,
+            Layout::OutIn,
+            routed,
+            self.options.factor(),
+            Some(base),
+        )?;
+        Ok(RoutedOutput {
+            output,
+            logits,
+            routed,
+        })
     }
 
     /// How many elements the adapter trains.
     #[must_use]
     pub fn trainable_elements(&self) -> usize {
-        self.router.experts * (self.options.rank * (self.base.d_in + self.base.d_out) + self.base.d_in)
+        self.router.experts
+            * (self.options.rank * (self.base.d_in + self.base.d_out) + self.base.d_in)
     }
 }

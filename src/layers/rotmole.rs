@@ -51,7 +51,11 @@ impl RotMole {
         gate_input: GateInput,
     ) -> Result<Self> {
         rotation.numbers(options.rank)?;
-        Ok(Self { mixture: MoeLora::new(base, options, router)?, rotation, gate_input })
+        Ok(Self {
+            mixture: MoeLora::new(base, options, router)?,
+            rotation,
+            gate_input,
+        })
     }
 
     /// The output for `x` `[tokens, d_in]`. The rotation gate starts at zero, so that training starts as plain MoE-LoRA.
@@ -61,13 +65,18 @@ impl RotMole {
     pub fn forward(&self, graph: &mut Graph, x: Value) -> Result<RoutedOutput> {
         let (numbers, width) = self.gate_sizes()?;
         let name = format!("{}.rotation_gate", self.mixture.base.name);
-        let gate = graph.parameter(&name, [self.mixture.router.experts, numbers, width], Init::Zeros, true)?;
+        let gate = graph.parameter(
+            &name,
+            [self.mixture.router.experts, numbers, width],
+            Init::Zeros,
+            true,
+        )?;
         self.mixture.forward_with(graph, x, |graph, z, routed| {
             let h = match self.gate_input {
                 GateInput::Input => x,
                 GateInput::Latent => z,
             };
-            let generator = graph.shrink(h, gate, Layout::OutIn, (*routed).into())?;
+            let generator = graph.shrink(h, gate, Layout::OutIn, routed.segments)?;
             graph.rotate(self.rotation, z, generator)
         })
     }

@@ -4,7 +4,9 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
-use crate::ops::{Alias, AliasKind, HostIo, LaunchTypes, Op, Real, expect_count, expect_f32, shader};
+use crate::ops::{
+    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, expect_count, expect_f32, shader,
+};
 use crate::tensor::TensorType;
 
 const WORKGROUP: usize = 64;
@@ -46,7 +48,9 @@ impl Op for Accumulate {
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
-        let Some(gradient) = context.gradient(0) else { return Ok(()) };
+        let Some(gradient) = context.gradient(0) else {
+            return Ok(());
+        };
         for input in 0..2 {
             if context.wants(input) {
                 context.add(input, gradient)?;
@@ -56,7 +60,11 @@ impl Op for Accumulate {
     }
 
     fn aliases(&self) -> Vec<Alias> {
-        vec![Alias { input: 0, output: 0, kind: AliasKind::Accumulate }]
+        vec![Alias {
+            input: 0,
+            output: 0,
+            kind: AliasKind::Accumulate,
+        }]
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {

@@ -4,7 +4,9 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Graph, Value};
 use crate::host_reference;
-use crate::ops::{Alias, AliasKind, HostIo, LaunchTypes, Op, Real, expect_count, expect_f32, shader};
+use crate::ops::{
+    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, expect_count, expect_f32, shader,
+};
 use crate::tensor::TensorType;
 
 const WORKGROUP: usize = 64;
@@ -24,7 +26,12 @@ pub struct AdamWConstants {
 
 impl Default for AdamWConstants {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 1e-2 }
+        Self {
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 1e-2,
+        }
     }
 }
 
@@ -51,7 +58,10 @@ impl Graph {
         clip: Option<Value>,
         constants: AdamWConstants,
     ) -> Result<Value> {
-        let op = AdamWStep { constants, clipped: clip.is_some() };
+        let op = AdamWStep {
+            constants,
+            clipped: clip.is_some(),
+        };
         let inputs = [parameter, moments[0], moments[1], gradient, schedule];
         self.apply1(op, &inputs.into_iter().chain(clip).collect::<Vec<_>>())
     }
@@ -60,9 +70,18 @@ impl Graph {
 impl AdamWStep {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let (gradient, schedule) = (io.floats(3)?, io.floats(4)?);
-        let clip = if self.clipped { io.floats(5)?[1] } else { R::one() };
+        let clip = if self.clipped {
+            io.floats(5)?[1]
+        } else {
+            R::one()
+        };
         let (parameter, first, second) = (io.floats_out(0)?, io.floats_out(1)?, io.floats_out(2)?);
-        let AdamWConstants { beta1, beta2, epsilon, weight_decay } = self.constants;
+        let AdamWConstants {
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+        } = self.constants;
         let (rate, correction1, correction2) = (schedule[0], schedule[1], schedule[2]);
         let keep = R::one() - rate * R::of(weight_decay);
         let [b1, b2, c1, c2] = [beta1, beta2, 1.0 - beta1, 1.0 - beta2].map(R::of);
@@ -70,7 +89,8 @@ impl AdamWStep {
             let g = g * clip;
             *m = b1 * *m + c1 * g;
             *v = b2 * *v + c2 * g * g;
-            *theta = *theta * keep - rate * correction1 * *m / ((*v).sqrt() * correction2 + R::of(epsilon));
+            *theta = *theta * keep
+                - rate * correction1 * *m / ((*v).sqrt() * correction2 + R::of(epsilon));
         }
         Ok(())
     }
@@ -84,7 +104,14 @@ impl Op for AdamWStep {
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 5 + usize::from(self.clipped))?;
         let dims = inputs[0].dims();
-        for (name, ty) in ["the parameter", "the first moment", "the second moment", "the gradient"].iter().zip(inputs)
+        for (name, ty) in [
+            "the parameter",
+            "the first moment",
+            "the second moment",
+            "the gradient",
+        ]
+        .iter()
+        .zip(inputs)
         {
             expect_f32(self.name(), name, ty, dims)?;
         }
@@ -96,14 +123,29 @@ impl Op for AdamWStep {
     }
 
     fn aliases(&self) -> Vec<Alias> {
-        (0..3).map(|index| Alias { input: index, output: index, kind: AliasKind::Update }).collect()
+        (0..3)
+            .map(|index| Alias {
+                input: index,
+                output: index,
+                kind: AliasKind::Update,
+            })
+            .collect()
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let elements = io.inputs[0].elements();
-        let AdamWConstants { beta1, beta2, epsilon, weight_decay } = self.constants;
+        let AdamWConstants {
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+        } = self.constants;
         // Without clipping the binding is not read: any buffer will do.
-        let clip = if self.clipped { Slot::Input(5) } else { Slot::Input(4) };
+        let clip = if self.clipped {
+            Slot::Input(5)
+        } else {
+            Slot::Input(4)
+        };
         let launch = Launch::new(shader!("adamw"), "forward")
             .constant("CLIPPED", self.clipped)
             .read(1, Slot::Input(3))

@@ -8,8 +8,8 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
 use crate::ops::{
-    HostIo, IndexRange, LaunchTypes, Op, Real, TOTAL_WORKGROUP, dims_f32, expect_count, expect_f32, row_workgroup,
-    shader,
+    HostIo, IndexRange, LaunchTypes, Op, Real, TOTAL_WORKGROUP, dims_f32, expect_count, expect_f32,
+    row_workgroup, shader,
 };
 use crate::tensor::{DType, TensorType};
 
@@ -43,7 +43,10 @@ impl Graph {
     /// [`Error::Shape`] if the operands have other shapes or types.
     pub fn balance_loss(&mut self, logits: Value, experts: Value) -> Result<BalanceLoss> {
         let outputs = self.apply(Balance, &[logits, experts])?;
-        Ok(BalanceLoss { loss: outputs[0], load: outputs[1] })
+        Ok(BalanceLoss {
+            loss: outputs[0],
+            load: outputs[1],
+        })
     }
 }
 
@@ -59,7 +62,11 @@ fn launch(entry: &'static str, [tokens, experts]: [usize; 2], choices: usize) ->
 /// sum_e f_e p_e of one token, with the maximum of its logits and the sum of their exponentials.
 fn mix<R: Real>(logits: &[R], load: &[R]) -> (R, R, R) {
     let (max, sum) = max_and_sum(logits);
-    let mixed: R = logits.iter().zip(load).map(|(&logit, &f)| f * (logit - max).exp()).sum();
+    let mixed: R = logits
+        .iter()
+        .zip(load)
+        .map(|(&logit, &f)| f * (logit - max).exp())
+        .sum();
     (mixed / sum, max, sum)
 }
 
@@ -70,7 +77,10 @@ impl Balance {
         let experts = load.len();
         let mut hits = vec![0_usize; experts];
         for &expert in chosen {
-            if let Some(hits) = usize::try_from(expert).ok().and_then(|expert| hits.get_mut(expert)) {
+            if let Some(hits) = usize::try_from(expert)
+                .ok()
+                .and_then(|expert| hits.get_mut(expert))
+            {
                 *hits += 1;
             }
         }
@@ -79,7 +89,10 @@ impl Balance {
         }
         let load = &*load;
         // Collected before they are added up, so that the order of the additions does not depend on the threads.
-        let mixed: Vec<R> = logits.par_chunks_exact(experts).map(|logits| mix(logits, load).0).collect();
+        let mixed: Vec<R> = logits
+            .par_chunks_exact(experts)
+            .map(|logits| mix(logits, load).0)
+            .collect();
         loss[0] = R::of(experts as f64 / mixed.len() as f64) * mixed.into_iter().sum();
         Ok(())
     }
@@ -96,7 +109,10 @@ impl Op for Balance {
         match *inputs[1].dims() {
             [rows, _] if rows == tokens && inputs[1].dtype == DType::I32 => {}
             _ => {
-                let reason = format!("the experts chosen are {}, expected i32[{tokens}, k]", inputs[1]);
+                let reason = format!(
+                    "the experts chosen are {}, expected i32[{tokens}, k]",
+                    inputs[1]
+                );
                 return Err(Error::shape(self.name(), reason));
             }
         }
@@ -105,14 +121,22 @@ impl Op for Balance {
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
         // What arrives at the load stops there: counts have no gradient.
-        let Some(dloss) = context.gradient(0) else { return Ok(()) };
+        let Some(dloss) = context.gradient(0) else {
+            return Ok(());
+        };
         let (logits, load) = (context.input(0), context.output(1));
-        let dlogits = context.graph.apply1(BalanceBackward, &[logits, load, dloss])?;
+        let dlogits = context
+            .graph
+            .apply1(BalanceBackward, &[logits, load, dloss])?;
         context.add(0, dlogits)
     }
 
     fn index_ranges(&self, inputs: &[TensorType]) -> Vec<IndexRange> {
-        vec![IndexRange { input: 1, limit: inputs[0].shape.last(), ignored: None }]
+        vec![IndexRange {
+            input: 1,
+            limit: inputs[0].shape.last(),
+            ignored: None,
+        }]
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
@@ -156,12 +180,15 @@ impl BalanceBackward {
         let tokens = logits.len() / experts;
         let scale = dloss * R::of(experts as f64 / tokens as f64);
         let dlogits = io.floats_out(0)?;
-        dlogits.par_chunks_exact_mut(experts).zip(logits.par_chunks_exact(experts)).for_each(|(dlogits, logits)| {
-            let (mixed, max, sum) = mix(logits, load);
-            for ((dlogit, &logit), &f) in dlogits.iter_mut().zip(logits).zip(load) {
-                *dlogit = scale * ((logit - max).exp() / sum) * (f - mixed);
-            }
-        });
+        dlogits
+            .par_chunks_exact_mut(experts)
+            .zip(logits.par_chunks_exact(experts))
+            .for_each(|(dlogits, logits)| {
+                let (mixed, max, sum) = mix(logits, load);
+                for ((dlogit, &logit), &f) in dlogits.iter_mut().zip(logits).zip(load) {
+                    *dlogit = scale * ((logit - max).exp() / sum) * (f - mixed);
+                }
+            });
         Ok(())
     }
 }

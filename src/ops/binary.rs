@@ -76,7 +76,10 @@ impl Pattern {
             steps
         };
         let steps = [strides(a), strides(b)];
-        let mut pattern = Self { extents: Vec::new(), steps: [Vec::new(), Vec::new()] };
+        let mut pattern = Self {
+            extents: Vec::new(),
+            steps: [Vec::new(), Vec::new()],
+        };
         for axis in 0..out.rank() {
             let extent = out.dims()[axis];
             let step = [steps[0][axis], steps[1][axis]];
@@ -158,9 +161,12 @@ impl Op for Binary {
         expect_dtype(self.name(), "the left operand", &inputs[0], DType::F32)?;
         expect_dtype(self.name(), "the right operand", &inputs[1], DType::F32)?;
         let (a, b) = (&inputs[0].shape, &inputs[1].shape);
-        let shape = a
-            .broadcast(b)
-            .ok_or_else(|| Error::shape(self.name(), format!("{} and {} do not broadcast", inputs[0], inputs[1])))?;
+        let shape = a.broadcast(b).ok_or_else(|| {
+            Error::shape(
+                self.name(),
+                format!("{} and {} do not broadcast", inputs[0], inputs[1]),
+            )
+        })?;
         let pattern = Pattern::new(a, b, &shape).extents.len();
         if pattern > MAX_PATTERN {
             return Err(Error::Limit {
@@ -174,7 +180,9 @@ impl Op for Binary {
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
-        let Some(dy) = context.gradient(0) else { return Ok(()) };
+        let Some(dy) = context.gradient(0) else {
+            return Ok(());
+        };
         let operands = [context.input(0), context.input(1)];
         for input in 0..2 {
             if !context.wants(input) {
@@ -202,26 +210,45 @@ impl Op for Binary {
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let (a, b, out) = (&io.inputs[0].shape, &io.inputs[1].shape, &io.outputs[0].shape);
+        let (a, b, out) = (
+            &io.inputs[0].shape,
+            &io.inputs[1].shape,
+            &io.outputs[0].shape,
+        );
         let elements = out.elements();
         let same = a == b;
-        let launch = Launch::new(shader!("binary"), if same { "same_shape" } else { "broadcast" })
-            .constant("FUNCTION", f64::from(self.0 as u32));
+        let launch = Launch::new(
+            shader!("binary"),
+            if same { "same_shape" } else { "broadcast" },
+        )
+        .constant("FUNCTION", f64::from(self.0 as u32));
         let launch = if same {
-            launch.read(1, Slot::Input(0)).read(2, Slot::Input(1)).write(3, Slot::Output(0))
+            launch
+                .read(1, Slot::Input(0))
+                .read(2, Slot::Input(1))
+                .write(3, Slot::Output(0))
         } else {
-            launch.read(4, Slot::Input(0)).read(5, Slot::Input(1)).write(6, Slot::Output(0))
+            launch
+                .read(4, Slot::Input(0))
+                .read(5, Slot::Input(1))
+                .write(6, Slot::Output(0))
         };
         let pattern = Pattern::new(a, b, out);
         let mut launch = launch.param(elements);
         // Innermost first; what is missing is one step of nothing.
         for axis in 0..MAX_PATTERN {
-            let at = |list: &[usize], default: usize| list.iter().rev().nth(axis).copied().unwrap_or(default);
-            launch =
-                launch.param(at(&pattern.extents, 1)).param(at(&pattern.steps[0], 0)).param(at(&pattern.steps[1], 0));
+            let at = |list: &[usize], default: usize| {
+                list.iter().rev().nth(axis).copied().unwrap_or(default)
+            };
+            launch = launch
+                .param(at(&pattern.extents, 1))
+                .param(at(&pattern.steps[0], 0))
+                .param(at(&pattern.steps[1], 0));
         }
         let per_group = if same { 4 * WORKGROUP } else { WORKGROUP };
-        Ok(launch.folded(elements.div_ceil(per_group), capabilities)?.into())
+        Ok(launch
+            .folded(elements.div_ceil(per_group), capabilities)?
+            .into())
     }
 
     host_reference!();

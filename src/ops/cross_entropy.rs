@@ -8,8 +8,8 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
 use crate::ops::{
-    HostIo, IndexRange, LaunchTypes, Op, Real, TOTAL_WORKGROUP, dims_f32, expect_count, expect_f32, expect_i32,
-    row_workgroup, shader,
+    HostIo, IndexRange, LaunchTypes, Op, Real, TOTAL_WORKGROUP, dims_f32, expect_count, expect_f32,
+    expect_i32, row_workgroup, shader,
 };
 use crate::tensor::TensorType;
 
@@ -48,7 +48,11 @@ fn class_of(label: i32, classes: usize) -> usize {
 }
 
 fn index_range(classes: usize) -> Vec<IndexRange> {
-    vec![IndexRange { input: 1, limit: classes, ignored: Some(IGNORED_LABEL) }]
+    vec![IndexRange {
+        input: 1,
+        limit: classes,
+        ignored: Some(IGNORED_LABEL),
+    }]
 }
 
 impl CrossEntropy {
@@ -56,16 +60,19 @@ impl CrossEntropy {
         let (logits, labels) = (io.floats(0)?, io.ints(1)?);
         let classes = logits.len() / labels.len();
         let (loss, lse, valid) = (io.floats_out(0)?, io.floats_out(1)?, io.floats_out(2)?);
-        lse.par_iter_mut().zip(logits.par_chunks_exact(classes)).for_each(|(lse, row)| {
-            let (max, sum) = max_and_sum(row);
-            *lse = max + sum.ln();
-        });
+        lse.par_iter_mut()
+            .zip(logits.par_chunks_exact(classes))
+            .for_each(|(lse, row)| {
+                let (max, sum) = max_and_sum(row);
+                *lse = max + sum.ln();
+            });
         let rows = logits.chunks_exact(classes).zip(labels).zip(&*lse);
         let losses = rows
             .filter(|((_, label), _)| **label != IGNORED_LABEL)
             .map(|((row, &label), &lse)| lse - row[class_of(label, classes)]);
-        let (total, count) =
-            losses.fold((R::zero(), R::zero()), |(total, count), loss| (total + loss, count + R::one()));
+        let (total, count) = losses.fold((R::zero(), R::zero()), |(total, count), loss| {
+            (total + loss, count + R::one())
+        });
         loss[0] = total / count.max(R::one());
         valid[0] = count;
         Ok(())
@@ -81,14 +88,22 @@ impl Op for CrossEntropy {
         expect_count(self.name(), inputs, 2)?;
         let [rows, _] = dims_f32(self.name(), "the logits", &inputs[0])?;
         expect_i32(self.name(), "the labels", &inputs[1], &[rows])?;
-        Ok(vec![TensorType::f32([]), TensorType::f32([rows]), TensorType::f32([])])
+        Ok(vec![
+            TensorType::f32([]),
+            TensorType::f32([rows]),
+            TensorType::f32([]),
+        ])
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
-        let Some(dloss) = context.gradient(0) else { return Ok(()) };
+        let Some(dloss) = context.gradient(0) else {
+            return Ok(());
+        };
         let (logits, labels) = (context.input(0), context.input(1));
         let (lse, valid) = (context.output(1), context.output(2));
-        let dlogits = context.graph.apply1(CrossEntropyBackward, &[logits, labels, lse, valid, dloss])?;
+        let dlogits = context
+            .graph
+            .apply1(CrossEntropyBackward, &[logits, labels, lse, valid, dloss])?;
         context.add(0, dlogits)
     }
 
@@ -100,8 +115,11 @@ impl Op for CrossEntropy {
         let [rows, classes] = dims_f32(self.name(), "the logits", &io.inputs[0])?;
         let mut launches = Launches::default();
         let loss_of_row = launches.scratch_words(rows);
-        let launch =
-            |entry| Launch::new(shader!("cross_entropy", "reduce", "soft_max"), entry).param(rows).param(classes);
+        let launch = |entry| {
+            Launch::new(shader!("cross_entropy", "reduce", "soft_max"), entry)
+                .param(rows)
+                .param(classes)
+        };
         launches.launches.push(
             launch("row")
                 .constant("WORKGROUP", row_workgroup(classes))
@@ -133,7 +151,11 @@ impl CrossEntropyBackward {
         let classes = logits.len() / labels.len();
         let scale = dloss / valid.max(R::one());
         let dlogits = io.floats_out(0)?;
-        let rows = dlogits.par_chunks_exact_mut(classes).zip(logits.par_chunks_exact(classes)).zip(labels).zip(lse);
+        let rows = dlogits
+            .par_chunks_exact_mut(classes)
+            .zip(logits.par_chunks_exact(classes))
+            .zip(labels)
+            .zip(lse);
         rows.for_each(|(((dlogits, logits), &label), &lse)| {
             if label == IGNORED_LABEL {
                 dlogits.fill(R::zero());

@@ -4,7 +4,10 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
-use crate::ops::{HostIo, IndexRange, LaunchTypes, Op, Real, dims_f32, expect_count, expect_dtype, expect_i32, shader};
+use crate::ops::{
+    HostIo, IndexRange, LaunchTypes, Op, Real, dims_f32, expect_count, expect_dtype, expect_i32,
+    shader,
+};
 use crate::tensor::{DType, TensorType};
 
 const WORKGROUP: usize = 64;
@@ -52,11 +55,17 @@ impl Op for Embedding {
     }
 
     fn index_ranges(&self, inputs: &[TensorType]) -> Vec<IndexRange> {
-        vec![IndexRange { input: 1, limit: inputs[0].dims()[0], ignored: None }]
+        vec![IndexRange {
+            input: 1,
+            limit: inputs[0].dims()[0],
+            ignored: None,
+        }]
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
-        let Some(dy) = context.gradient(0) else { return Ok(()) };
+        let Some(dy) = context.gradient(0) else {
+            return Ok(());
+        };
         let (table, ids) = (context.input(0), context.input(1));
         let graph = &mut *context.graph;
         let [rows, width] = dims_f32(self.name(), "the table", graph.ty(table)?)?;

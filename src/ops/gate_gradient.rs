@@ -22,7 +22,12 @@ impl GateGradient {
         let scale = R::of(f64::from(self.scale));
         for (pair, (dz, d_gate)) in dz.chunks_mut(rank).zip(d_gates).enumerate() {
             let row = pair * rank..(pair + 1) * rank;
-            *d_gate = scale * v[row.clone()].iter().zip(&z[row.clone()]).map(|(&v, &z)| v * z).sum::<R>();
+            *d_gate = scale
+                * v[row.clone()]
+                    .iter()
+                    .zip(&z[row.clone()])
+                    .map(|(&v, &z)| v * z)
+                    .sum::<R>();
             for (dz, &v) in dz.iter_mut().zip(&v[row]) {
                 *dz = scale * gates[pair] * v;
             }
@@ -41,7 +46,10 @@ impl Op for GateGradient {
         let [pairs, rank] = dims_f32(self.name(), "v", &inputs[0])?;
         expect_f32(self.name(), "the latents", &inputs[1], &[pairs, rank])?;
         if inputs[2].elements() != pairs {
-            return Err(crate::Error::shape(self.name(), format!("the gates are {} for {pairs} pairs", inputs[2])));
+            return Err(crate::Error::shape(
+                self.name(),
+                format!("the gates are {} for {pairs} pairs", inputs[2]),
+            ));
         }
         Ok(vec![inputs[0].clone(), TensorType::f32([pairs])])
     }

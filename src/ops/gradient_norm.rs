@@ -24,9 +24,19 @@ impl Graph {
     /// [`Error::Setting`] if `max_norm` is not positive, [`Error::Shape`] if there are no tensors or one holds integers.
     pub fn gradient_norm(&mut self, gradients: &[Value], max_norm: f32) -> Result<Value> {
         if max_norm.is_nan() || max_norm <= 0.0 {
-            return Err(Error::setting("max_norm", max_norm, "must be greater than 0"));
+            return Err(Error::setting(
+                "max_norm",
+                max_norm,
+                "must be greater than 0",
+            ));
         }
-        self.apply1(GradientNorm { inputs: gradients.len(), max_norm }, gradients)
+        self.apply1(
+            GradientNorm {
+                inputs: gradients.len(),
+                max_norm,
+            },
+            gradients,
+        )
     }
 }
 
@@ -60,7 +70,11 @@ impl Op for GradientNorm {
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let chunks: Vec<usize> = io.inputs.iter().map(|ty| ty.elements().div_ceil(CHUNK)).collect();
+        let chunks: Vec<usize> = io
+            .inputs
+            .iter()
+            .map(|ty| ty.elements().div_ceil(CHUNK))
+            .collect();
         let total: usize = chunks.iter().sum();
         let mut launches = Launches::default();
         let partial = launches.scratch_words(total);

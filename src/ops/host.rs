@@ -68,22 +68,32 @@ impl<'a, R: Real> HostIo<'a, R> {
         inputs: Vec<Option<(&'a [u64], &'a TensorType)>>,
         outputs: Vec<Option<(&'a mut [u64], &'a TensorType)>>,
     ) -> Self {
-        Self { inputs, outputs, element: std::marker::PhantomData }
+        Self {
+            inputs,
+            outputs,
+            element: std::marker::PhantomData,
+        }
     }
 
     fn input(&self, index: usize) -> Result<(&'a [u64], &'a TensorType)> {
-        self.inputs
-            .get(index)
-            .copied()
-            .flatten()
-            .ok_or_else(|| Error::shape("reference", format!("input {index} does not exist or is being overwritten")))
+        self.inputs.get(index).copied().flatten().ok_or_else(|| {
+            Error::shape(
+                "reference",
+                format!("input {index} does not exist or is being overwritten"),
+            )
+        })
     }
 
     fn output(&mut self, index: usize) -> Result<(&'a mut [u64], &'a TensorType)> {
         self.outputs
             .get_mut(index)
             .and_then(Option::take)
-            .ok_or_else(|| Error::shape("reference", format!("output {index} does not exist or was taken before")))
+            .ok_or_else(|| {
+                Error::shape(
+                    "reference",
+                    format!("output {index} does not exist or was taken before"),
+                )
+            })
     }
 
     /// The shape and type of an input.
@@ -101,7 +111,10 @@ impl<'a, R: Real> HostIo<'a, R> {
     pub fn floats(&self, index: usize) -> Result<&'a [R]> {
         let (words, ty) = self.input(index)?;
         if ty.dtype == DType::I32 {
-            return Err(Error::shape("reference", format!("input {index} holds integers")));
+            return Err(Error::shape(
+                "reference",
+                format!("input {index} holds integers"),
+            ));
         }
         Ok(&bytemuck::cast_slice(words)[..ty.elements()])
     }
@@ -113,7 +126,10 @@ impl<'a, R: Real> HostIo<'a, R> {
     pub fn ints(&self, index: usize) -> Result<&'a [i32]> {
         let (words, ty) = self.input(index)?;
         if ty.dtype != DType::I32 {
-            return Err(Error::shape("reference", format!("input {index} holds floats")));
+            return Err(Error::shape(
+                "reference",
+                format!("input {index} holds floats"),
+            ));
         }
         Ok(&bytemuck::cast_slice(words)[..ty.elements()])
     }
@@ -125,7 +141,10 @@ impl<'a, R: Real> HostIo<'a, R> {
     pub fn floats_out(&mut self, index: usize) -> Result<&'a mut [R]> {
         let (words, ty) = self.output(index)?;
         if ty.dtype == DType::I32 {
-            return Err(Error::shape("reference", format!("output {index} holds integers")));
+            return Err(Error::shape(
+                "reference",
+                format!("output {index} holds integers"),
+            ));
         }
         Ok(&mut bytemuck::cast_slice_mut(words)[..ty.elements()])
     }
@@ -137,7 +156,10 @@ impl<'a, R: Real> HostIo<'a, R> {
     pub fn ints_out(&mut self, index: usize) -> Result<&'a mut [i32]> {
         let (words, ty) = self.output(index)?;
         if ty.dtype != DType::I32 {
-            return Err(Error::shape("reference", format!("output {index} holds floats")));
+            return Err(Error::shape(
+                "reference",
+                format!("output {index} holds floats"),
+            ));
         }
         Ok(&mut bytemuck::cast_slice_mut(words)[..ty.elements()])
     }

@@ -15,7 +15,13 @@ pub(crate) struct Matrix<'a, R> {
 impl<'a, R> Matrix<'a, R> {
     /// Row-major, without gaps.
     pub(crate) fn new(data: &'a [R], rows: usize, columns: usize) -> Self {
-        Self { data, rows, columns, row_step: columns, column_step: 1 }
+        Self {
+            data,
+            rows,
+            columns,
+            row_step: columns,
+            column_step: 1,
+        }
     }
 
     /// The same elements with rows and columns swapped, if `transpose`.
@@ -23,11 +29,18 @@ impl<'a, R> Matrix<'a, R> {
         if !transpose {
             return self;
         }
-        Self { rows: self.columns, columns: self.rows, row_step: self.column_step, column_step: self.row_step, ..self }
+        Self {
+            rows: self.columns,
+            columns: self.rows,
+            row_step: self.column_step,
+            column_step: self.row_step,
+            ..self
+        }
     }
 
     fn fits(&self) -> bool {
-        let last = (self.rows.max(1) - 1) * self.row_step + (self.columns.max(1) - 1) * self.column_step;
+        let last =
+            (self.rows.max(1) - 1) * self.row_step + (self.columns.max(1) - 1) * self.column_step;
         self.rows == 0 || self.columns == 0 || last < self.data.len()
     }
 }
@@ -46,7 +59,11 @@ pub(crate) fn gemm<R: Real>(
         k == b.rows && out.len() >= m * n && a.fits() && b.fits(),
         "the operands of a host matrix product do not fit"
     );
-    let parallelism = if parallel { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
+    let parallelism = if parallel {
+        gemm::Parallelism::Rayon(0)
+    } else {
+        gemm::Parallelism::None
+    };
     #[expect(unsafe_code, reason = "the gemm crate takes raw pointers")]
     // SAFETY: the assertion above shows that every element addressed lies in its slice; `out` is borrowed mutably, so
     // it does not overlap the operands.

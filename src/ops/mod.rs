@@ -186,41 +186,75 @@ pub(crate) fn expect_count(op: &'static str, inputs: &[TensorType], count: usize
     if inputs.len() == count {
         Ok(())
     } else {
-        Err(Error::shape(op, format!("takes {count} operands, was given {}", inputs.len())))
+        Err(Error::shape(
+            op,
+            format!("takes {count} operands, was given {}", inputs.len()),
+        ))
     }
 }
 
 /// That an operand has this element type.
-pub(crate) fn expect_dtype(op: &'static str, name: &str, ty: &TensorType, dtype: DType) -> Result<()> {
+pub(crate) fn expect_dtype(
+    op: &'static str,
+    name: &str,
+    ty: &TensorType,
+    dtype: DType,
+) -> Result<()> {
     if ty.dtype == dtype {
         Ok(())
     } else {
-        Err(Error::shape(op, format!("{name} is {ty}, expected elements of type {dtype:?}")))
+        Err(Error::shape(
+            op,
+            format!("{name} is {ty}, expected elements of type {dtype:?}"),
+        ))
     }
 }
 
 /// That an operand is floats of this shape.
-pub(crate) fn expect_f32(op: &'static str, name: &str, ty: &TensorType, dims: &[usize]) -> Result<()> {
+pub(crate) fn expect_f32(
+    op: &'static str,
+    name: &str,
+    ty: &TensorType,
+    dims: &[usize],
+) -> Result<()> {
     if ty.dtype == DType::F32 && ty.dims() == dims {
         Ok(())
     } else {
-        Err(Error::shape(op, format!("{name} is {ty}, expected f32{dims:?}")))
+        Err(Error::shape(
+            op,
+            format!("{name} is {ty}, expected f32{dims:?}"),
+        ))
     }
 }
 
 /// That an operand is integers of this shape.
-pub(crate) fn expect_i32(op: &'static str, name: &str, ty: &TensorType, dims: &[usize]) -> Result<()> {
+pub(crate) fn expect_i32(
+    op: &'static str,
+    name: &str,
+    ty: &TensorType,
+    dims: &[usize],
+) -> Result<()> {
     if ty.dtype == DType::I32 && ty.dims() == dims {
         Ok(())
     } else {
-        Err(Error::shape(op, format!("{name} is {ty}, expected i32{dims:?}")))
+        Err(Error::shape(
+            op,
+            format!("{name} is {ty}, expected i32{dims:?}"),
+        ))
     }
 }
 
 /// The extents of an operand that must be floats with so many dimensions.
-pub(crate) fn dims_f32<const N: usize>(op: &'static str, name: &str, ty: &TensorType) -> Result<[usize; N]> {
+pub(crate) fn dims_f32<const N: usize>(
+    op: &'static str,
+    name: &str,
+    ty: &TensorType,
+) -> Result<[usize; N]> {
     match <[usize; N]>::try_from(ty.dims()) {
         Ok(dims) if ty.dtype == DType::F32 => Ok(dims),
-        _ => Err(Error::shape(op, format!("{name} is {ty}, expected f32 with {N} dimensions"))),
+        _ => Err(Error::shape(
+            op,
+            format!("{name} is {ty}, expected f32 with {N} dimensions"),
+        )),
     }
 }

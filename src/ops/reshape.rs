@@ -33,9 +33,15 @@ impl Op for Reshape {
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 1)?;
         if self.shape.elements() != inputs[0].elements() {
-            return Err(Error::shape(self.name(), format!("{} has not as many elements as {}", inputs[0], self.shape)));
+            return Err(Error::shape(
+                self.name(),
+                format!("{} has not as many elements as {}", inputs[0], self.shape),
+            ));
         }
-        Ok(vec![TensorType { shape: self.shape.clone(), dtype: inputs[0].dtype }])
+        Ok(vec![TensorType {
+            shape: self.shape.clone(),
+            dtype: inputs[0].dtype,
+        }])
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
@@ -48,7 +54,11 @@ impl Op for Reshape {
     }
 
     fn aliases(&self) -> Vec<Alias> {
-        vec![Alias { input: 0, output: 0, kind: AliasKind::View }]
+        vec![Alias {
+            input: 0,
+            output: 0,
+            kind: AliasKind::View,
+        }]
     }
 
     fn launches(&self, _io: LaunchTypes<'_>, _capabilities: &Capabilities) -> Result<Launches> {

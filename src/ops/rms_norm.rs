@@ -6,7 +6,9 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
-use crate::ops::{HostIo, LaunchTypes, Op, Real, dims_f32, expect_count, expect_f32, row_workgroup, shader};
+use crate::ops::{
+    HostIo, LaunchTypes, Op, Real, dims_f32, expect_count, expect_f32, row_workgroup, shader,
+};
 use crate::tensor::TensorType;
 
 /// Invocations that stand side by side on columns while the gradient of the weight is summed.
@@ -38,14 +40,23 @@ impl Graph {
     /// of zeros would have no finite inverse.
     pub fn rms_norm(&mut self, x: Value, weight: Value, epsilon: f32) -> Result<Value> {
         if !epsilon.is_normal() || epsilon < 0.0 {
-            return Err(Error::setting("epsilon", epsilon, "rms_norm needs a positive normal number"));
+            return Err(Error::setting(
+                "epsilon",
+                epsilon,
+                "rms_norm needs a positive normal number",
+            ));
         }
         self.apply1(RmsNorm { epsilon }, &[x, weight])
     }
 }
 
 /// A launch with the bindings still to be named; all entry points share one set of parameters.
-fn launch(entry: &'static str, [rows, n]: [usize; 2], epsilon: f32, rows_per_chunk: usize) -> Launch {
+fn launch(
+    entry: &'static str,
+    [rows, n]: [usize; 2],
+    epsilon: f32,
+    rows_per_chunk: usize,
+) -> Launch {
     Launch::new(shader!("rms_norm", "reduce"), entry)
         .param(rows)
         .param(n)
@@ -60,7 +71,10 @@ impl RmsNorm {
         let n = weight.len();
         let (y, inverse) = (io.floats_out(0)?, io.floats_out(1)?);
         let epsilon = R::of(f64::from(self.epsilon));
-        let rows = x.par_chunks_exact(n).zip(y.par_chunks_exact_mut(n)).zip(inverse.par_iter_mut());
+        let rows = x
+            .par_chunks_exact(n)
+            .zip(y.par_chunks_exact_mut(n))
+            .zip(inverse.par_iter_mut());
         rows.for_each(|((x, y), inverse)| {
             let squares: R = x.iter().map(|&x| x * x).sum();
             *inverse = (squares / R::of(n as f64) + epsilon).sqrt().recip();
@@ -85,10 +99,14 @@ impl Op for RmsNorm {
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
-        let Some(dy) = context.gradient(0) else { return Ok(()) };
+        let Some(dy) = context.gradient(0) else {
+            return Ok(());
+        };
         let (x, weight, inverse) = (context.input(0), context.input(1), context.output(1));
         if context.wants(0) {
-            let dx = context.graph.apply1(InputGradient, &[x, weight, inverse, dy])?;
+            let dx = context
+                .graph
+                .apply1(InputGradient, &[x, weight, inverse, dy])?;
             context.add(0, dx)?;
         }
         if context.wants(1) {
@@ -118,9 +136,18 @@ impl InputGradient {
         let (x, weight, inverse, dy) = (io.floats(0)?, io.floats(1)?, io.floats(2)?, io.floats(3)?);
         let n = weight.len();
         let dx = io.floats_out(0)?;
-        let rows = x.par_chunks_exact(n).zip(dy.par_chunks_exact(n)).zip(inverse).zip(dx.par_chunks_exact_mut(n));
+        let rows = x
+            .par_chunks_exact(n)
+            .zip(dy.par_chunks_exact(n))
+            .zip(inverse)
+            .zip(dx.par_chunks_exact_mut(n));
         rows.for_each(|(((x, dy), &inverse), dx)| {
-            let products: R = x.iter().zip(dy).zip(weight).map(|((&x, &dy), &weight)| dy * weight * x * inverse).sum();
+            let products: R = x
+                .iter()
+                .zip(dy)
+                .zip(weight)
+                .map(|((&x, &dy), &weight)| dy * weight * x * inverse)
+                .sum();
             let mean = products / R::of(n as f64);
             for (((dx, &x), &dy), &weight) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
                 *dx = inverse * (dy * weight - x * inverse * mean);

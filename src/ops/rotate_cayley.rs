@@ -62,7 +62,12 @@ impl Kind for Cayley {
 
     fn gradient<R: Real>(row: RowGradient<'_, R>, dz: &mut [R], d_generator: &mut [R]) {
         let v = solve(row.generator, row.dy, -R::one());
-        let w: Vec<R> = row.y.iter().zip(row.z).map(|(&y, &z)| R::of(0.5) * (y + z)).collect();
+        let w: Vec<R> = row
+            .y
+            .iter()
+            .zip(row.z)
+            .map(|(&y, &z)| R::of(0.5) * (y + z))
+            .collect();
         for ((dz, &v), &dy) in dz.iter_mut().zip(&v).zip(row.dy) {
             *dz = v + v - dy;
         }

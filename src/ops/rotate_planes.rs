@@ -24,7 +24,9 @@ impl Kind for Planes {
     }
 
     fn gradient<R: Real>(row: RowGradient<'_, R>, dz: &mut [R], d_generator: &mut [R]) {
-        let RowGradient { generator, y, dy, .. } = row;
+        let RowGradient {
+            generator, y, dy, ..
+        } = row;
         for (pair, (&angle, d_angle)) in generator.iter().zip(d_generator).enumerate() {
             let (a, b) = (2 * pair, 2 * pair + 1);
             let (sin, cos) = angle.sin_cos();

@@ -49,12 +49,18 @@ impl Rotation {
     /// [`Error::Setting`] if the rank is less than 2, or odd for planes.
     pub fn numbers(self, rank: usize) -> Result<usize> {
         if rank < 2 {
-            return Err(Error::setting("rank", rank, "a rotation needs at least 2 dimensions"));
+            return Err(Error::setting(
+                "rank",
+                rank,
+                "a rotation needs at least 2 dimensions",
+            ));
         }
         match self {
-            Self::Planes if rank % 2 == 1 => {
-                Err(Error::setting("rank", rank, "planes rotate pairs of coordinates: the rank must be even"))
-            }
+            Self::Planes if rank % 2 == 1 => Err(Error::setting(
+                "rank",
+                rank,
+                "planes rotate pairs of coordinates: the rank must be even",
+            )),
             Self::Planes => Ok(rank / 2),
             Self::Givens | Self::Cayley => Ok(rank * (rank - 1) / 2),
         }
@@ -71,7 +77,9 @@ impl FromStr for Rotation {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let known = Self::ALL.into_iter().find(|rotation| rotation.name() == text);
+        let known = Self::ALL
+            .into_iter()
+            .find(|rotation| rotation.name() == text);
         known.ok_or_else(|| Error::setting("rotation", text, "there are planes, givens and cayley"))
     }
 }
@@ -122,10 +130,20 @@ pub(crate) trait Kind: fmt::Debug + Clone + Copy + Send + Sync + 'static {
 /// Checks `[rows, rank]` latents and `[rows, numbers]` generators, and returns rows and rank.
 fn sizes<K: Kind>(op: &'static str, inputs: &[TensorType]) -> Result<[usize; 2]> {
     let [rows, rank] = dims_f32(op, "the latents", &inputs[0])?;
-    expect_f32(op, "the generators", &inputs[1], &[rows, K::ROTATION.numbers(rank)?])?;
+    expect_f32(
+        op,
+        "the generators",
+        &inputs[1],
+        &[rows, K::ROTATION.numbers(rank)?],
+    )?;
     if rank > K::MAX_RANK {
         let thing = format!("a {} rotation", K::ROTATION);
-        return Err(Error::Limit { thing, needed: rank as u64, limit: K::MAX_RANK as u64, unit: "dimensions" });
+        return Err(Error::Limit {
+            thing,
+            needed: rank as u64,
+            limit: K::MAX_RANK as u64,
+            unit: "dimensions",
+        });
     }
     Ok([rows, rank])
 }
@@ -140,10 +158,16 @@ struct RotateBackward<K>(K);
 
 impl<K: Kind> Rotate<K> {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        let (rank, numbers) = (io.input_type(0)?.shape.last(), io.input_type(1)?.shape.last());
+        let (rank, numbers) = (
+            io.input_type(0)?.shape.last(),
+            io.input_type(1)?.shape.last(),
+        );
         let (z, generator) = (io.floats(0)?, io.floats(1)?);
         let y = io.floats_out(0)?;
-        let rows = y.par_chunks_mut(rank).zip(z.par_chunks(rank)).zip(generator.par_chunks(numbers));
+        let rows = y
+            .par_chunks_mut(rank)
+            .zip(z.par_chunks(rank))
+            .zip(generator.par_chunks(numbers));
         rows.for_each(|((y, z), generator)| K::rotate(z, generator, y));
         Ok(())
     }
@@ -161,9 +185,14 @@ impl<K: Kind> Op for Rotate<K> {
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
-        let Some(dy) = context.gradient(0) else { return Ok(()) };
+        let Some(dy) = context.gradient(0) else {
+            return Ok(());
+        };
         let kept = K::KEEPS_INPUT.then(|| context.input(0));
-        let inputs: Vec<Value> = [context.output(0), context.input(1), dy].into_iter().chain(kept).collect();
+        let inputs: Vec<Value> = [context.output(0), context.input(1), dy]
+            .into_iter()
+            .chain(kept)
+            .collect();
         let gradients = context.graph.apply(RotateBackward(self.0), &inputs)?;
         for (input, gradient) in gradients.into_iter().enumerate() {
             if context.wants(input) {
@@ -184,11 +213,17 @@ impl<K: Kind> Op for Rotate<K> {
 
 impl<K: Kind> RotateBackward<K> {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        let (rank, numbers) = (io.input_type(0)?.shape.last(), io.input_type(1)?.shape.last());
+        let (rank, numbers) = (
+            io.input_type(0)?.shape.last(),
+            io.input_type(1)?.shape.last(),
+        );
         let (y, generator, dy) = (io.floats(0)?, io.floats(1)?, io.floats(2)?);
         let z = if K::KEEPS_INPUT { io.floats(3)? } else { &[] };
         let (dz, d_generator) = (io.floats_out(0)?, io.floats_out(1)?);
-        let outputs = dz.par_chunks_mut(rank).zip(d_generator.par_chunks_mut(numbers)).enumerate();
+        let outputs = dz
+            .par_chunks_mut(rank)
+            .zip(d_generator.par_chunks_mut(numbers))
+            .enumerate();
         outputs.for_each(|(row, (dz, d_generator))| {
             let here = row * rank..(row + 1) * rank;
             let row = RowGradient {

@@ -38,7 +38,10 @@ impl SegmentOuter {
         let experts = inputs[3].elements() - 1;
         let pairs = expect_segments(name, &inputs[2], &inputs[3], experts)?;
         if self.gated && inputs[4].elements() != pairs {
-            return Err(crate::Error::shape(name, format!("the gates are {} for {pairs} pairs", inputs[4])));
+            return Err(crate::Error::shape(
+                name,
+                format!("the gates are {} for {pairs} pairs", inputs[4]),
+            ));
         }
         Ok(Sizes {
             experts,
@@ -50,24 +53,39 @@ impl SegmentOuter {
     }
 
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        let types: Vec<TensorType> =
-            (0..4 + usize::from(self.gated)).map(|i| io.input_type(i).cloned()).collect::<Result<_>>()?;
+        let types: Vec<TensorType> = (0..4 + usize::from(self.gated))
+            .map(|i| io.input_type(i).cloned())
+            .collect::<Result<_>>()?;
         let sizes = self.sizes(&types)?;
-        let (left, right, order, offsets) = (io.floats(0)?, io.floats(1)?, io.ints(2)?, io.ints(3)?);
-        let gates = if self.gated { Some(io.floats(4)?) } else { None };
+        let (left, right, order, offsets) =
+            (io.floats(0)?, io.floats(1)?, io.ints(2)?, io.ints(3)?);
+        let gates = if self.gated {
+            Some(io.floats(4)?)
+        } else {
+            None
+        };
         let scale = R::of(f64::from(self.scale));
         let out = io.floats_out(0)?;
         let segments = host_segments(order, offsets);
-        out.par_chunks_mut(sizes.left * sizes.right).zip(segments.par_iter()).for_each(|(out, pairs)| {
-            if pairs.is_empty() {
-                return out.fill(R::zero());
-            }
-            let factor = |pair: usize| gates.map_or(scale, |gates| scale * gates[pair]);
-            let left = gather(left, sizes.left, pairs, sizes.left_share, factor);
-            let right = gather(right, sizes.right, pairs, sizes.right_share, |_| R::one());
-            let left = Matrix::new(&left, pairs.len(), sizes.left).transposed_if(true);
-            gemm(out, left, Matrix::new(&right, pairs.len(), sizes.right), R::one(), false, false);
-        });
+        out.par_chunks_mut(sizes.left * sizes.right)
+            .zip(segments.par_iter())
+            .for_each(|(out, pairs)| {
+                if pairs.is_empty() {
+                    return out.fill(R::zero());
+                }
+                let factor = |pair: usize| gates.map_or(scale, |gates| scale * gates[pair]);
+                let left = gather(left, sizes.left, pairs, sizes.left_share, factor);
+                let right = gather(right, sizes.right, pairs, sizes.right_share, |_| R::one());
+                let left = Matrix::new(&left, pairs.len(), sizes.left).transposed_if(true);
+                gemm(
+                    out,
+                    left,
+                    Matrix::new(&right, pairs.len(), sizes.right),
+                    R::one(),
+                    false,
+                    false,
+                );
+            });
         Ok(())
     }
 }
@@ -80,16 +98,33 @@ impl Op for SegmentOuter {
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 4 + usize::from(self.gated))?;
         let sizes = self.sizes(inputs)?;
-        Ok(vec![TensorType::f32([sizes.experts, sizes.left, sizes.right])])
+        Ok(vec![TensorType::f32([
+            sizes.experts,
+            sizes.left,
+            sizes.right,
+        ])])
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let Sizes { experts, left, right, left_share, right_share } = self.sizes(io.inputs)?;
+        let Sizes {
+            experts,
+            left,
+            right,
+            left_share,
+            right_share,
+        } = self.sizes(io.inputs)?;
         let lanes_right = right.div_ceil(TILE).next_power_of_two().min(16);
         let lanes_left = (WORKGROUP / lanes_right).min(left.div_ceil(TILE).next_power_of_two());
-        let (left_groups, right_groups) = (left.div_ceil(lanes_left * TILE), right.div_ceil(lanes_right * TILE));
+        let (left_groups, right_groups) = (
+            left.div_ceil(lanes_left * TILE),
+            right.div_ceil(lanes_right * TILE),
+        );
         // Without gates the binding is not read: any buffer will do.
-        let gates = if self.gated { Slot::Input(4) } else { Slot::Input(0) };
+        let gates = if self.gated {
+            Slot::Input(4)
+        } else {
+            Slot::Input(0)
+        };
         let launch = Launch::new(shader!("segment_outer"), "forward")
             .constant("LANES_LEFT", lanes_left as f64)
             .constant("LANES_RIGHT", lanes_right as f64)

@@ -3,9 +3,9 @@
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::graph::Value;
+use crate::graph::{Graph, Value};
 use crate::ops::host_gemm::{Matrix, gemm};
-use crate::ops::{Real, Routed, expect_i32};
+use crate::ops::{Real, Sorted, expect_i32};
 use crate::tensor::{DType, TensorType};
 
 /// How the matrices of the experts are stored.
@@ -26,31 +26,69 @@ impl Layout {
     }
 }
 
-/// Which expert each row belongs to, and the rows sorted by expert: what grouped operations gather through.
+/// Which expert each (token, slot) pair belongs to, and the pairs sorted by expert: what grouped operations gather through.
+/// Made by [`Graph::segments`] and [`Graph::route`] alone: kernels rely on its indices being in range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segments {
-    /// `i32 [pairs]` or `[tokens, top_k]`: the expert of each pair.
-    pub experts: Value,
-    /// `i32 [pairs]`: the pairs sorted by expert.
-    pub order: Value,
-    /// `i32 [experts + 1]`: where each expert's pairs start in `order`.
-    pub offsets: Value,
+    pub(crate) experts: Value,
+    pub(crate) order: Value,
+    pub(crate) offsets: Value,
 }
 
-impl From<Routed> for Segments {
-    fn from(routed: Routed) -> Self {
-        Self { experts: routed.experts, order: routed.pairs.order, offsets: routed.pairs.offsets }
+impl Segments {
+    /// The expert of each pair, as it was given.
+    #[must_use]
+    pub fn experts(&self) -> Value {
+        self.experts
+    }
+
+    /// `i32 [pairs]`: the pairs sorted by expert. A pair's number is `token * top_k + slot`.
+    #[must_use]
+    pub fn order(&self) -> Value {
+        self.order
+    }
+
+    /// `i32 [experts + 1]`: where each expert's pairs start in the order.
+    #[must_use]
+    pub fn offsets(&self) -> Value {
+        self.offsets
+    }
+}
+
+impl Graph {
+    /// Sorts (token, slot) pairs by expert: `experts` holds integers in `0..count`, `[tokens, top_k]` or of any other shape.
+    ///
+    /// # Errors
+    /// As [`Graph::sort_by_key`].
+    pub fn segments(&mut self, experts: Value, count: usize) -> Result<Segments> {
+        let Sorted { order, offsets } = self.sort_by_key(experts, count)?;
+        Ok(Segments {
+            experts,
+            order,
+            offsets,
+        })
     }
 }
 
 /// The extents of `[experts, ...]` weights as (experts, out, in).
-pub(crate) fn weight_sizes(op: &'static str, weight: &TensorType, layout: Layout) -> Result<(usize, usize, usize)> {
+pub(crate) fn weight_sizes(
+    op: &'static str,
+    weight: &TensorType,
+    layout: Layout,
+) -> Result<(usize, usize, usize)> {
     match *weight.dims() {
         [experts, a, b] if weight.dtype == DType::F32 => {
-            let (out, input) = if layout == Layout::OutIn { (a, b) } else { (b, a) };
+            let (out, input) = if layout == Layout::OutIn {
+                (a, b)
+            } else {
+                (b, a)
+            };
             Ok((experts, out, input))
         }
-        _ => Err(Error::shape(op, format!("the weights are {weight}, expected f32 [experts, rows, columns]"))),
+        _ => Err(Error::shape(
+            op,
+            format!("the weights are {weight}, expected f32 [experts, rows, columns]"),
+        )),
     }
 }
 
@@ -72,13 +110,19 @@ pub(crate) fn row_share(op: &'static str, name: &str, rows: usize, pairs: usize)
     if rows > 0 && pairs.is_multiple_of(rows) {
         Ok(pairs / rows)
     } else {
-        Err(Error::shape(op, format!("{name} has {rows} rows, which do not divide {pairs} pairs")))
+        Err(Error::shape(
+            op,
+            format!("{name} has {rows} rows, which do not divide {pairs} pairs"),
+        ))
     }
 }
 
 /// The pairs of each expert on the host.
 pub(crate) fn host_segments<'a>(order: &'a [i32], offsets: &[i32]) -> Vec<&'a [i32]> {
-    offsets.windows(2).map(|ends| &order[ends[0] as usize..ends[1] as usize]).collect()
+    offsets
+        .windows(2)
+        .map(|ends| &order[ends[0] as usize..ends[1] as usize])
+        .collect()
 }
 
 /// Rows of `x` (`width` wide) for the pairs of a segment, `share` pairs to a row, each times its factor.
@@ -93,7 +137,11 @@ pub(crate) fn gather<R: Real>(
     for &pair in pairs {
         let row = pair as usize / share;
         let factor = factor(pair as usize);
-        rows.extend(x[row * width..(row + 1) * width].iter().map(|&x| x * factor));
+        rows.extend(
+            x[row * width..(row + 1) * width]
+                .iter()
+                .map(|&x| x * factor),
+        );
     }
     rows
 }
@@ -121,7 +169,14 @@ pub(crate) fn products<R: Real>(
             };
             let rows = rows(pairs);
             let mut product = vec![R::zero(); pairs.len() * out];
-            gemm(&mut product, Matrix::new(&rows, pairs.len(), input), weight, R::one(), false, false);
+            gemm(
+                &mut product,
+                Matrix::new(&rows, pairs.len(), input),
+                weight,
+                R::one(),
+                false,
+                false,
+            );
             product
         })
         .collect()

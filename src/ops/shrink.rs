@@ -6,7 +6,9 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::expand::Expand;
 use crate::ops::segment_outer::SegmentOuter;
-use crate::ops::segments::{expect_segments, gather, host_segments, products, row_share, weight_sizes};
+use crate::ops::segments::{
+    expect_segments, gather, host_segments, products, row_share, weight_sizes,
+};
 use crate::ops::{HostIo, LaunchTypes, Layout, Op, Real, Segments, dims_f32, expect_count, shader};
 use crate::tensor::TensorType;
 
@@ -26,8 +28,23 @@ impl Graph {
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if the shapes do not fit.
-    pub fn shrink(&mut self, x: Value, weight: Value, layout: Layout, segments: Segments) -> Result<Value> {
-        self.apply1(Shrink { layout }, &[x, weight, segments.experts, segments.order, segments.offsets])
+    pub fn shrink(
+        &mut self,
+        x: Value,
+        weight: Value,
+        layout: Layout,
+        segments: Segments,
+    ) -> Result<Value> {
+        self.apply1(
+            Shrink { layout },
+            &[
+                x,
+                weight,
+                segments.experts,
+                segments.order,
+                segments.offsets,
+            ],
+        )
     }
 }
 
@@ -49,16 +66,29 @@ impl Shrink {
         if inputs[2].elements() != pairs || width != input {
             return Err(crate::Error::shape(
                 name,
-                format!("{} rows, {} weights and {} experts do not fit", inputs[0], inputs[1], inputs[2]),
+                format!(
+                    "{} rows, {} weights and {} experts do not fit",
+                    inputs[0], inputs[1], inputs[2]
+                ),
             ));
         }
         let share = row_share(name, "the operand", rows, pairs)?;
-        Ok(Sizes { pairs, share, experts, out, input })
+        Ok(Sizes {
+            pairs,
+            share,
+            experts,
+            out,
+            input,
+        })
     }
 
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        let types: Vec<TensorType> = (0..5).map(|i| io.input_type(i).cloned()).collect::<Result<_>>()?;
-        let Sizes { share, out, input, .. } = self.sizes(&types)?;
+        let types: Vec<TensorType> = (0..5)
+            .map(|i| io.input_type(i).cloned())
+            .collect::<Result<_>>()?;
+        let Sizes {
+            share, out, input, ..
+        } = self.sizes(&types)?;
         let (x, weight, order, offsets) = (io.floats(0)?, io.floats(1)?, io.ints(3)?, io.ints(4)?);
         let segments = host_segments(order, offsets);
         let rows = |pairs: &[i32]| gather(x, input, pairs, share, |_| R::one());
@@ -85,36 +115,63 @@ impl Op for Shrink {
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
-        let Some(dz) = context.gradient(0) else { return Ok(()) };
-        let [x, weight, experts, order, offsets] = [0, 1, 2, 3, 4].map(|input| context.input(input));
+        let Some(dz) = context.gradient(0) else {
+            return Ok(());
+        };
+        let [x, weight, experts, order, offsets] =
+            [0, 1, 2, 3, 4].map(|input| context.input(input));
         if context.wants(0) {
             let rows = context.graph.ty(x)?.shape.rows();
             let pairs = context.graph.ty(dz)?.shape.rows();
             let by_row = context.graph.reshape(experts, [rows, pairs / rows])?;
             let layout = self.layout.flipped();
             context.accumulate(0, |graph, base| {
-                let op = Expand { layout, scale: 1.0, gated: false, accumulate: base.is_some() };
+                let op = Expand {
+                    layout,
+                    scale: 1.0,
+                    gated: false,
+                    accumulate: base.is_some(),
+                };
                 let inputs = [dz, weight, by_row, order, offsets];
                 graph.apply1(op, &inputs.into_iter().chain(base).collect::<Vec<_>>())
             })?;
         }
         if context.wants(1) {
-            let (left, right) = if self.layout == Layout::OutIn { (dz, x) } else { (x, dz) };
-            let gradient =
-                context.graph.apply1(SegmentOuter { scale: 1.0, gated: false }, &[left, right, order, offsets])?;
+            let (left, right) = if self.layout == Layout::OutIn {
+                (dz, x)
+            } else {
+                (x, dz)
+            };
+            let gradient = context.graph.apply1(
+                SegmentOuter {
+                    scale: 1.0,
+                    gated: false,
+                },
+                &[left, right, order, offsets],
+            )?;
             context.add(1, gradient)?;
         }
         Ok(())
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let Sizes { pairs, share, experts, out, input } = self.sizes(io.inputs)?;
+        let Sizes {
+            pairs,
+            share,
+            experts,
+            out,
+            input,
+        } = self.sizes(io.inputs)?;
         let lanes_out = out.div_ceil(TILE).next_power_of_two().min(8);
         let lanes_pairs = (WORKGROUP / lanes_out).min(pairs.div_ceil(TILE).next_power_of_two());
         // Every expert's last tile may be partly empty: at most one more tile an expert.
         let tiles = pairs.div_ceil(lanes_pairs * TILE) + experts.min(pairs);
         let out_groups = out.div_ceil(lanes_out * TILE);
-        let weight_row = if self.layout == Layout::OutIn { input } else { out };
+        let weight_row = if self.layout == Layout::OutIn {
+            input
+        } else {
+            out
+        };
         let aligned = input % 4 == 0 && weight_row % 4 == 0;
         let launch = Launch::new(shader!("shrink"), "forward")
             .constant("LANES_OUT", lanes_out as f64)

@@ -31,7 +31,11 @@ impl Graph {
 fn sigmoids<R: Real>(x: R) -> (R, R) {
     let e = (-x.abs()).exp();
     let (large, small) = (R::one() / (R::one() + e), e / (R::one() + e));
-    if x >= R::zero() { (large, small) } else { (small, large) }
+    if x >= R::zero() {
+        (large, small)
+    } else {
+        (small, large)
+    }
 }
 
 impl Silu {
@@ -56,7 +60,9 @@ impl Op for Silu {
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
-        let Some(dy) = context.gradient(0) else { return Ok(()) };
+        let Some(dy) = context.gradient(0) else {
+            return Ok(());
+        };
         let x = context.input(0);
         let dx = context.graph.apply1(SiluBackward, &[x, dy])?;
         context.add(0, dx)

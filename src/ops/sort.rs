@@ -34,7 +34,10 @@ impl Graph {
     /// [`Error::Shape`] if the keys are floats, [`Error::Setting`] if `limit` is 0.
     pub fn sort_by_key(&mut self, keys: Value, limit: usize) -> Result<Sorted> {
         let outputs = self.apply(Sort { limit }, &[keys])?;
-        Ok(Sorted { order: outputs[0], offsets: outputs[1] })
+        Ok(Sorted {
+            order: outputs[0],
+            offsets: outputs[1],
+        })
     }
 }
 
@@ -69,9 +72,16 @@ impl Op for Sort {
         expect_count(self.name(), inputs, 1)?;
         expect_dtype(self.name(), "the keys", &inputs[0], DType::I32)?;
         if self.limit == 0 || self.limit >= i32::MAX as usize {
-            return Err(Error::setting("limit", self.limit, "keys need between 1 and 2^31 - 2 values"));
+            return Err(Error::setting(
+                "limit",
+                self.limit,
+                "keys need between 1 and 2^31 - 2 values",
+            ));
         }
-        Ok(vec![TensorType::i32([inputs[0].elements()]), TensorType::i32([self.limit + 1])])
+        Ok(vec![
+            TensorType::i32([inputs[0].elements()]),
+            TensorType::i32([self.limit + 1]),
+        ])
     }
 
     fn differentiable(&self, _input: usize) -> bool {
@@ -79,12 +89,18 @@ impl Op for Sort {
     }
 
     fn index_ranges(&self, _inputs: &[TensorType]) -> Vec<IndexRange> {
-        vec![IndexRange { input: 0, limit: self.limit, ignored: None }]
+        vec![IndexRange {
+            input: 0,
+            limit: self.limit,
+            ignored: None,
+        }]
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let count = io.inputs[0].elements();
-        let passes = (usize::BITS - (self.limit - 1).leading_zeros()).div_ceil(BUCKETS.ilog2()).max(1) as usize;
+        let passes = (usize::BITS - (self.limit - 1).leading_zeros())
+            .div_ceil(BUCKETS.ilog2())
+            .max(1) as usize;
         // Longer blocks where there is much to do: the scan over (buckets x blocks) is the work of one workgroup.
         let block = if count <= 1 << 14 { 64 } else { 512 };
         let blocks = count.div_ceil(block);
@@ -97,8 +113,16 @@ impl Op for Sort {
             _ => [launches.scratch_words(count), launches.scratch_words(count)],
         };
         for pass in 0..passes {
-            let from = if pass == 0 { Slot::Input(0) } else { halves[(pass - 1) % 2] };
-            let to = if pass + 1 == passes { Slot::Output(0) } else { halves[pass % 2] };
+            let from = if pass == 0 {
+                Slot::Input(0)
+            } else {
+                halves[(pass - 1) % 2]
+            };
+            let to = if pass + 1 == passes {
+                Slot::Output(0)
+            } else {
+                halves[pass % 2]
+            };
             let launch = |entry| {
                 Launch::new(shader!("sort"), entry)
                     .constant("FIRST_PASS", pass == 0)
@@ -112,10 +136,19 @@ impl Op for Sort {
             };
             let cells = (buckets * blocks).div_ceil(WORKGROUP);
             let gather = |launch: Launch| launch.read(1, Slot::Input(0)).read(2, from);
-            launches.launches.push(gather(launch("count")).write(3, counts).folded(cells, capabilities)?);
-            let scan = launch("scan").constant("SCAN_WORKGROUP", SCAN_WORKGROUP as f64).write(3, counts);
+            launches.launches.push(
+                gather(launch("count"))
+                    .write(3, counts)
+                    .folded(cells, capabilities)?,
+            );
+            let scan = launch("scan")
+                .constant("SCAN_WORKGROUP", SCAN_WORKGROUP as f64)
+                .write(3, counts);
             launches.launches.push(scan.folded(1, capabilities)?);
-            let scatter = gather(launch("scatter")).write(3, counts).write(4, to).write(5, Slot::Output(1));
+            let scatter = gather(launch("scatter"))
+                .write(3, counts)
+                .write(4, to)
+                .write(5, Slot::Output(1));
             launches.launches.push(scatter.folded(cells, capabilities)?);
         }
         if passes > 1 {

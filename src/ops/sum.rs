@@ -38,9 +38,16 @@ impl Graph {
         let kept: Vec<usize> = {
             let dims = self.ty(x)?.dims();
             if let Some(axis) = axes.iter().find(|&&axis| axis >= dims.len()) {
-                return Err(Error::shape("sum", format!("{} has no axis {axis}", self.ty(x)?)));
+                return Err(Error::shape(
+                    "sum",
+                    format!("{} has no axis {axis}", self.ty(x)?),
+                ));
             }
-            dims.iter().enumerate().filter(|(axis, _)| !axes.contains(axis)).map(|(_, &extent)| extent).collect()
+            dims.iter()
+                .enumerate()
+                .filter(|(axis, _)| !axes.contains(axis))
+                .map(|(_, &extent)| extent)
+                .collect()
         };
         let kept_dims = self.sum_kept(x, axes)?;
         self.reshape(kept_dims, kept)
@@ -56,7 +63,11 @@ impl Graph {
                 end -= 1;
                 continue;
             }
-            let start = (0..end).rev().take_while(|axis| axes.contains(axis)).last().unwrap_or(end - 1);
+            let start = (0..end)
+                .rev()
+                .take_while(|axis| axes.contains(axis))
+                .last()
+                .unwrap_or(end - 1);
             let mut dims = self.ty(x)?.dims().to_vec();
             let op = Sum {
                 outer: dims[..start].iter().product(),
@@ -102,11 +113,16 @@ impl Graph {
             return Ok(x);
         }
         if shape.broadcast(&ty.shape).as_ref() != Some(&ty.shape) {
-            return Err(Error::shape("sum_to", format!("{shape} does not broadcast to {ty}")));
+            return Err(Error::shape(
+                "sum_to",
+                format!("{shape} does not broadcast to {ty}"),
+            ));
         }
         let missing = ty.shape.rank() - shape.rank();
         let axes: Vec<usize> = (0..ty.shape.rank())
-            .filter(|&axis| axis < missing || (shape.dims()[axis - missing] == 1 && ty.dims()[axis] != 1))
+            .filter(|&axis| {
+                axis < missing || (shape.dims()[axis - missing] == 1 && ty.dims()[axis] != 1)
+            })
             .collect();
         let summed = self.sum_kept(x, &axes)?;
         self.reshape(summed, shape)
@@ -119,7 +135,9 @@ impl Sum {
         let y = io.floats_out(0)?;
         for (index, y) in y.iter_mut().enumerate() {
             let (outer, inner) = (index / self.inner, index % self.inner);
-            *y = (0..self.terms).map(|term| x[(outer * self.terms + term) * self.inner + inner]).sum();
+            *y = (0..self.terms)
+                .map(|term| x[(outer * self.terms + term) * self.inner + inner])
+                .sum();
         }
         Ok(())
     }
@@ -137,9 +155,16 @@ impl Op for Sum {
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
-        let Some(dy) = context.gradient(0) else { return Ok(()) };
+        let Some(dy) = context.gradient(0) else {
+            return Ok(());
+        };
         let shape = context.graph.ty(context.input(0))?.shape.clone();
-        let op = Repeat { outer: self.outer, terms: self.terms, inner: self.inner, shape };
+        let op = Repeat {
+            outer: self.outer,
+            terms: self.terms,
+            inner: self.inner,
+            shape,
+        };
         let dx = context.graph.apply1(op, &[dy])?;
         context.add(0, dx)
     }
@@ -147,18 +172,27 @@ impl Op for Sum {
     fn launches(&self, _io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let sums = self.outer * self.inner;
         let chunks = self.terms.div_ceil(CHUNK);
-        let pass = |from: Slot, to: Slot, terms: usize, inner: usize, chunks: usize, outer: usize| {
-            Launch::new(shader!("sum", "reduce"), "forward")
-                .read(1, from)
-                .write(2, to)
-                .param(outer * inner)
-                .param(terms)
-                .param(inner)
-                .param(chunks)
-                .folded(outer * inner * chunks, capabilities)
-        };
+        let pass =
+            |from: Slot, to: Slot, terms: usize, inner: usize, chunks: usize, outer: usize| {
+                Launch::new(shader!("sum", "reduce"), "forward")
+                    .read(1, from)
+                    .write(2, to)
+                    .param(outer * inner)
+                    .param(terms)
+                    .param(inner)
+                    .param(chunks)
+                    .folded(outer * inner * chunks, capabilities)
+            };
         if chunks == 1 {
-            return Ok(pass(Slot::Input(0), Slot::Output(0), self.terms, self.inner, 1, self.outer)?.into());
+            return Ok(pass(
+                Slot::Input(0),
+                Slot::Output(0),
+                self.terms,
+                self.inner,
+                1,
+                self.outer,
+            )?
+            .into());
         }
         // Partial sums: [outer, inner, chunks], then summed over the chunks. Their number is bounded by the second pass too.
         if chunks > CHUNK {
@@ -171,8 +205,17 @@ impl Op for Sum {
         }
         let mut launches = Launches::default();
         let partial = launches.scratch_words(sums * chunks);
-        launches.launches.push(pass(Slot::Input(0), partial, self.terms, self.inner, chunks, self.outer)?);
-        launches.launches.push(pass(partial, Slot::Output(0), chunks, 1, 1, sums)?);
+        launches.launches.push(pass(
+            Slot::Input(0),
+            partial,
+            self.terms,
+            self.inner,
+            chunks,
+            self.outer,
+        )?);
+        launches
+            .launches
+            .push(pass(partial, Slot::Output(0), chunks, 1, 1, sums)?);
         Ok(launches)
     }
 
@@ -201,9 +244,16 @@ impl Op for Repeat {
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
-        let Some(dy) = context.gradient(0) else { return Ok(()) };
+        let Some(dy) = context.gradient(0) else {
+            return Ok(());
+        };
         let shape = context.graph.ty(context.input(0))?.shape.clone();
-        let op = Sum { outer: self.outer, terms: self.terms, inner: self.inner, shape };
+        let op = Sum {
+            outer: self.outer,
+            terms: self.terms,
+            inner: self.inner,
+            shape,
+        };
         let dx = context.graph.apply1(op, &[dy])?;
         context.add(0, dx)
     }

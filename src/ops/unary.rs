@@ -95,7 +95,9 @@ impl Unary {
         let y = io.floats_out(0)?;
         let function = self.0;
         let apply = |x: R| match function {
-            Function::Affine { scale, offset } => R::of(f64::from(scale)) * x + R::of(f64::from(offset)),
+            Function::Affine { scale, offset } => {
+                R::of(f64::from(scale)) * x + R::of(f64::from(offset))
+            }
             Function::Square => x * x,
             Function::SquareRoot => x.sqrt(),
             Function::Reciprocal => x.recip(),
@@ -128,7 +130,9 @@ impl Op for Unary {
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
-        let Some(dy) = context.gradient(0) else { return Ok(()) };
+        let Some(dy) = context.gradient(0) else {
+            return Ok(());
+        };
         let (x, y) = (context.input(0), context.output(0));
         let graph = &mut *context.graph;
         let dx = match self.0 {

@@ -8,7 +8,8 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
 use crate::ops::{
-    HostIo, LaunchTypes, Op, Real, TOTAL_WORKGROUP, dims_f32, expect_count, expect_f32, row_workgroup, shader,
+    HostIo, LaunchTypes, Op, Real, TOTAL_WORKGROUP, dims_f32, expect_count, expect_f32,
+    row_workgroup, shader,
 };
 use crate::tensor::TensorType;
 
@@ -34,7 +35,10 @@ impl Graph {
 }
 
 fn launch(entry: &'static str, [tokens, experts]: [usize; 2]) -> Launch {
-    Launch::new(shader!("z_loss", "reduce", "soft_max"), entry).param(tokens).param(experts).param(1.0 / tokens as f32)
+    Launch::new(shader!("z_loss", "reduce", "soft_max"), entry)
+        .param(tokens)
+        .param(experts)
+        .param(1.0 / tokens as f32)
 }
 
 impl ZLoss {
@@ -42,10 +46,12 @@ impl ZLoss {
         let logits = io.floats(0)?;
         let (loss, lse) = (io.floats_out(0)?, io.floats_out(1)?);
         let experts = logits.len() / lse.len();
-        lse.par_iter_mut().zip(logits.par_chunks_exact(experts)).for_each(|(lse, row)| {
-            let (max, sum) = max_and_sum(row);
-            *lse = max + sum.ln();
-        });
+        lse.par_iter_mut()
+            .zip(logits.par_chunks_exact(experts))
+            .for_each(|(lse, row)| {
+                let (max, sum) = max_and_sum(row);
+                *lse = max + sum.ln();
+            });
         loss[0] = lse.iter().map(|&lse| lse * lse).sum::<R>() / R::of(lse.len() as f64);
         Ok(())
     }
@@ -63,7 +69,9 @@ impl Op for ZLoss {
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
-        let Some(dloss) = context.gradient(0) else { return Ok(()) };
+        let Some(dloss) = context.gradient(0) else {
+            return Ok(());
+        };
         let (logits, lse) = (context.input(0), context.output(1));
         let dlogits = context.graph.apply1(ZLossBackward, &[logits, lse, dloss])?;
         context.add(0, dlogits)
@@ -93,7 +101,10 @@ impl ZLossBackward {
         let experts = logits.len() / lse.len();
         let scale = dloss * R::of(2.0 / lse.len() as f64);
         let dlogits = io.floats_out(0)?;
-        let rows = dlogits.par_chunks_exact_mut(experts).zip(logits.par_chunks_exact(experts)).zip(lse);
+        let rows = dlogits
+            .par_chunks_exact_mut(experts)
+            .zip(logits.par_chunks_exact(experts))
+            .zip(lse);
         rows.for_each(|((dlogits, logits), &lse)| {
             for (dlogit, &logit) in dlogits.iter_mut().zip(logits) {
                 *dlogit = scale * lse * (logit - lse).exp();

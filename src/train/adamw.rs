@@ -35,10 +35,19 @@ impl AdamW {
     /// # Errors
     /// [`Error::Setting`] if a constant makes no sense or there is nothing to update.
     pub fn add_to(&self, graph: &mut Graph, gradients: &Gradients) -> Result<Optimizer> {
-        let AdamWConstants { beta1, beta2, epsilon, weight_decay } = self.constants;
+        let AdamWConstants {
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+        } = self.constants;
         for (setting, beta) in [("beta1", beta1), ("beta2", beta2)] {
             if !(0.0..1.0).contains(&beta) {
-                return Err(Error::setting(setting, beta, "must be at least 0 and less than 1"));
+                return Err(Error::setting(
+                    setting,
+                    beta,
+                    "must be at least 0 and less than 1",
+                ));
             }
         }
         for (setting, value) in [("epsilon", epsilon), ("weight_decay", weight_decay)] {
@@ -47,12 +56,20 @@ impl AdamW {
             }
         }
         if gradients.pairs().is_empty() {
-            return Err(Error::setting("gradients", "none", "no trainable parameter reaches the loss"));
+            return Err(Error::setting(
+                "gradients",
+                "none",
+                "no trainable parameter reaches the loss",
+            ));
         }
         let schedule = graph.input(SCHEDULE_INPUT, TensorType::f32([3]))?;
         let norm = match self.max_norm {
             Some(max_norm) => {
-                let all: Vec<Value> = gradients.pairs().iter().map(|&(_, gradient)| gradient).collect();
+                let all: Vec<Value> = gradients
+                    .pairs()
+                    .iter()
+                    .map(|&(_, gradient)| gradient)
+                    .collect();
                 let norm = graph.gradient_norm(&all, max_norm)?;
                 graph.output(norm)?;
                 Some(norm)
@@ -61,16 +78,35 @@ impl AdamW {
         };
         for &(parameter, gradient) in gradients.pairs() {
             let Source::Parameter(index) = graph.values[parameter.index as usize].source else {
-                return Err(Error::setting("gradients", graph.describe(parameter), "only parameters can be trained"));
+                return Err(Error::setting(
+                    "gradients",
+                    graph.describe(parameter),
+                    "only parameters can be trained",
+                ));
             };
-            let (name, shape) = (graph.parameters[index].name.clone(), graph.parameters[index].ty.shape.clone());
+            let (name, shape) = (
+                graph.parameters[index].name.clone(),
+                graph.parameters[index].ty.shape.clone(),
+            );
             let moment = |which: &str| format!("adamw.{which}.{name}");
             let first = graph.parameter(&moment("first"), &shape, Init::Zeros, false)?;
             let second = graph.parameter(&moment("second"), &shape, Init::Zeros, false)?;
             let gradient = graph.reshape(gradient, &shape)?;
-            graph.adamw_step(parameter, [first, second], gradient, schedule, norm, self.constants)?;
+            graph.adamw_step(
+                parameter,
+                [first, second],
+                gradient,
+                schedule,
+                norm,
+                self.constants,
+            )?;
         }
-        Ok(Optimizer { constants: self.constants, schedule, norm, step: 0 })
+        Ok(Optimizer {
+            constants: self.constants,
+            schedule,
+            norm,
+            step: 0,
+        })
     }
 }
 
@@ -81,13 +117,20 @@ impl Optimizer {
     /// [`Error::Setting`] if the rate is negative or not finite, [`Error::ForeignValue`] if the session is of another graph.
     pub fn prepare(&mut self, session: &mut Session, learning_rate: f64) -> Result<()> {
         if !learning_rate.is_finite() || learning_rate < 0.0 {
-            return Err(Error::setting("learning_rate", learning_rate, "must be finite and not negative"));
+            return Err(Error::setting(
+                "learning_rate",
+                learning_rate,
+                "must be finite and not negative",
+            ));
         }
         let step = (self.step + 1) as f64;
         // In f64: in f32, 1 - beta2^t has no correct digits for the first steps.
         let correction1 = 1.0 / (1.0 - self.constants.beta1.powf(step));
         let correction2 = 1.0 / (1.0 - self.constants.beta2.powf(step)).sqrt();
-        session.write(self.schedule, &Tensor::f64([3], vec![learning_rate, correction1, correction2])?)?;
+        session.write(
+            self.schedule,
+            &Tensor::f64([3], vec![learning_rate, correction1, correction2])?,
+        )?;
         self.step += 1;
         Ok(())
     }
@@ -108,7 +151,11 @@ impl Optimizer {
     /// # Errors
     /// What writing to the store returns.
     pub fn reset(&mut self, store: &ParameterStore) -> Result<()> {
-        for name in store.names().iter().filter(|name| name.starts_with("adamw.")) {
+        for name in store
+            .names()
+            .iter()
+            .filter(|name| name.starts_with("adamw."))
+        {
             if let Some(ty) = store.ty(name) {
                 store.insert(name, &Tensor::zeros(&ty))?;
             }

@@ -40,7 +40,12 @@ impl Case {
         inputs: Vec<Tensor>,
         build: impl Fn(&mut Graph, &[Value]) -> Result<Vec<Value>> + Send + Sync + 'static,
     ) -> Self {
-        Self { name: name.into(), inputs, build: Box::new(build), differentiable: true }
+        Self {
+            name: name.into(),
+            inputs,
+            build: Box::new(build),
+            differentiable: true,
+        }
     }
 
     /// A case whose results have no gradients to check (integers, or a backward operation).
@@ -52,7 +57,13 @@ impl Case {
     /// loss = sum over results of <result * result + 0.7 result, random weights>, so that every element has its own upstream
     /// gradient, and the float inputs pass through a * 1.25 - 0.125 before they reach the operations under test.
     pub fn compile(&self, device: &Device) -> Result<Harness> {
-        let Built { graph, inputs, loss, outputs, gradients } = self.build()?;
+        let Built {
+            graph,
+            inputs,
+            loss,
+            outputs,
+            gradients,
+        } = self.build()?;
         let store = ParameterStore::new(device);
         store.initialize(&graph, 7)?;
         let mut session = graph.compile(&store)?;
@@ -60,7 +71,13 @@ impl Case {
             session.write(*value, tensor)?;
         }
         session.poison()?;
-        Ok(Harness { session, inputs, loss, outputs, gradients })
+        Ok(Harness {
+            session,
+            inputs,
+            loss,
+            outputs,
+            gradients,
+        })
     }
 
     /// The graph that [`Case::compile`] compiles.
@@ -101,21 +118,36 @@ impl Case {
                 let sum = graph.sum_all(weighted)?;
                 loss = graph.add(loss, sum)?;
             }
-            let wanted: Vec<Value> =
-                inputs.iter().zip(&self.inputs).filter(|(_, t)| t.dtype() != DType::I32).map(|(&v, _)| v).collect();
+            let wanted: Vec<Value> = inputs
+                .iter()
+                .zip(&self.inputs)
+                .filter(|(_, t)| t.dtype() != DType::I32)
+                .map(|(&v, _)| v)
+                .collect();
             gradients = graph.gradients(loss, &wanted)?;
         }
         for &value in outputs.iter().chain(&gradients).chain([&loss]) {
             graph.output(value)?;
         }
-        Ok(Built { graph, inputs, loss, outputs, gradients })
+        Ok(Built {
+            graph,
+            inputs,
+            loss,
+            outputs,
+            gradients,
+        })
     }
 }
 
 impl Harness {
     /// Runs and returns the results, then the gradients.
     pub fn run(&mut self) -> Result<Vec<Tensor>> {
-        let values: Vec<Value> = self.outputs.iter().chain(&self.gradients).copied().collect();
+        let values: Vec<Value> = self
+            .outputs
+            .iter()
+            .chain(&self.gradients)
+            .copied()
+            .collect();
         self.session.run_reading(&values)
     }
 
@@ -136,9 +168,11 @@ pub fn floats(dims: &[usize], seed: u64) -> Tensor {
 pub fn floats_in(dims: &[usize], seed: u64, low: f64, high: f64) -> Tensor {
     let mut generator = ChaCha8Rng::seed_from_u64(seed);
     let count = dims.iter().product();
-    let data = (0..count).map(|_| low + (high - low) * f64::from(generator.next_u32()) / f64::from(u32::MAX));
+    let data = (0..count)
+        .map(|_| low + (high - low) * f64::from(generator.next_u32()) / f64::from(u32::MAX));
     // Rounded to f32 first, so that every device sees the same numbers.
-    Tensor::f64(dims, data.map(|x| f64::from(x as f32)).collect()).expect("as many elements as the shape says")
+    Tensor::f64(dims, data.map(|x| f64::from(x as f32)).collect())
+        .expect("as many elements as the shape says")
 }
 
 /// Integers in 0..limit.

@@ -23,20 +23,34 @@ type Opened = Mutex<HashMap<(String, bool), Option<Device>>>;
 /// The device of a backend, opened once; `None` where there is no adapter.
 fn device(backend: &str, checked: bool) -> Option<Device> {
     static OPEN: OnceLock<Opened> = OnceLock::new();
-    let mut open = OPEN.get_or_init(Mutex::default).lock().expect("no test panics while it opens a device");
-    open.entry((backend.to_owned(), checked)).or_insert_with(|| open_device(backend, checked)).clone()
+    let mut open = OPEN
+        .get_or_init(Mutex::default)
+        .lock()
+        .expect("no test panics while it opens a device");
+    open.entry((backend.to_owned(), checked))
+        .or_insert_with(|| open_device(backend, checked))
+        .clone()
 }
 
 fn open_device(backend: &str, checked: bool) -> Option<Device> {
-    Device::open_with(&DeviceOptions { request: Some(backend.to_owned()), checked }).ok()
+    Device::open_with(&DeviceOptions {
+        request: Some(backend.to_owned()),
+        checked,
+    })
+    .ok()
 }
 
 /// A test for every trusted device, each on a device of its own: for tests that read the device's counters.
-pub fn own_trials(name: &str, check: impl Fn(&Device) -> Result<(), Failed> + Clone + Send + 'static) -> Vec<Trial> {
+pub fn own_trials(
+    name: &str,
+    check: impl Fn(&Device) -> Result<(), Failed> + Clone + Send + 'static,
+) -> Vec<Trial> {
     let trial = |backend: &'static str| {
         let (name, check) = (format!("{name}::{backend}"), check.clone());
         match device(backend, false) {
-            Some(_) => Trial::test(name, move || check(&open_device(backend, false).ok_or("the device is gone")?)),
+            Some(_) => Trial::test(name, move || {
+                check(&open_device(backend, false).ok_or("the device is gone")?)
+            }),
             None => Trial::test(name, || Ok(())).with_ignored_flag(true),
         }
     };
@@ -44,7 +58,10 @@ pub fn own_trials(name: &str, check: impl Fn(&Device) -> Result<(), Failed> + Cl
 }
 
 /// A test for every device, checked and trusted: ignored where the device is not there.
-pub fn trials(name: &str, check: impl Fn(&Device) -> Result<(), Failed> + Clone + Send + 'static) -> Vec<Trial> {
+pub fn trials(
+    name: &str,
+    check: impl Fn(&Device) -> Result<(), Failed> + Clone + Send + 'static,
+) -> Vec<Trial> {
     let mut trials = Vec::new();
     for backend in BACKENDS {
         for checked in [false, true] {
@@ -69,7 +86,8 @@ pub fn backend_trials(name: &str, check: fn(&str) -> Result<(), Failed>) -> Vec<
         .filter(|&backend| backend != "cpu")
         .map(|backend| {
             let missing = device(backend, false).is_none();
-            Trial::test(format!("{name}::{backend}"), move || check(backend)).with_ignored_flag(missing)
+            Trial::test(format!("{name}::{backend}"), move || check(backend))
+                .with_ignored_flag(missing)
         })
         .collect()
 }

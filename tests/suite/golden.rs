@@ -14,28 +14,44 @@ fn files() -> Vec<PathBuf> {
         .map(|entry| entry.expect("a folder can be listed").path())
         .filter(|path| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            ["lora_", "moe_lora_", "rotmole_"].iter().any(|layer| name.starts_with(layer))
+            ["lora_", "moe_lora_", "rotmole_"]
+                .iter()
+                .any(|layer| name.starts_with(layer))
         })
         .collect();
     files.sort();
-    assert!(files.len() >= 12, "there are only {} golden cases", files.len());
+    assert!(
+        files.len() >= 12,
+        "there are only {} golden cases",
+        files.len()
+    );
     files
 }
 
 fn check(path: &Path, device: &Device) -> Result<(), Failed> {
     let replay = GoldenCase::read(path)?.replay(device)?;
-    if replay.ok { Ok(()) } else { Err(format!("{replay:?}").into()) }
+    if replay.ok {
+        Ok(())
+    } else {
+        Err(format!("{replay:?}").into())
+    }
 }
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     for path in files() {
-        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path
+            .file_stem()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         trials.extend(devices_of(&name, path));
     }
     trials
 }
 
 fn devices_of(name: &str, path: PathBuf) -> Vec<Trial> {
-    crate::devices::trials(&format!("golden::{name}"), move |device| check(&path, device))
+    crate::devices::trials(&format!("golden::{name}"), move |device| {
+        check(&path, device)
+    })
 }

@@ -15,7 +15,11 @@ fn check(case: &Case) -> Result<(), Failed> {
     let mut harness = case.compile(&Device::reference())?;
     let results = harness.run()?;
     let gradients = &results[harness.outputs.len()..];
-    let floats = case.inputs.iter().enumerate().filter(|(_, tensor)| tensor.dtype() != DType::I32);
+    let floats = case
+        .inputs
+        .iter()
+        .enumerate()
+        .filter(|(_, tensor)| tensor.dtype() != DType::I32);
     for ((input, tensor), gradient) in floats.zip(gradients) {
         let values = tensor.to_f64();
         let mut differences = Vec::with_capacity(values.len());
@@ -30,7 +34,10 @@ fn check(case: &Case) -> Result<(), Failed> {
         harness.loss_with(input, tensor)?;
         let (error, _) = relative_errors(&gradient.to_f64(), &differences);
         if error.is_nan() || error > TOLERANCE {
-            return Err(format!("input {input}: relative error {error:.2e} against central differences").into());
+            return Err(format!(
+                "input {input}: relative error {error:.2e} against central differences"
+            )
+            .into());
         }
     }
     Ok(())

@@ -43,11 +43,21 @@ impl Shape {
         let x = graph.input("x", TensorType::f32([self.tokens, self.d_in]))?;
         let routed = self.layer()?.forward(&mut graph, x)?;
         let upstream = graph.constant(floats(&[self.tokens, self.d_out], 300))?;
-        let names: Vec<String> = graph.parameters().iter().map(|spec| spec.name.clone()).collect();
-        let parameters = names.iter().map(|name| graph.named(name)).collect::<Result<Vec<Value>>>()?;
+        let names: Vec<String> = graph
+            .parameters()
+            .iter()
+            .map(|spec| spec.name.clone())
+            .collect();
+        let parameters = names
+            .iter()
+            .map(|name| graph.named(name))
+            .collect::<Result<Vec<Value>>>()?;
         let wanted: Vec<Value> = [x].into_iter().chain(parameters.iter().copied()).collect();
         let gradients = graph.gradients_from(&[(routed.output, upstream)], &wanted)?;
-        let values: Vec<Value> = [routed.output, routed.routed.experts].into_iter().chain(gradients).collect();
+        let values: Vec<Value> = [routed.output, routed.routed.experts()]
+            .into_iter()
+            .chain(gradients)
+            .collect();
         let store = ParameterStore::new(device);
         for (seed, (name, &value)) in names.iter().zip(&parameters).enumerate() {
             let dims = graph.ty(value)?.dims().to_vec();
@@ -78,22 +88,30 @@ fn shapes() -> impl Strategy<Value = Shape> {
     let sizes = (1..70_usize, 1..90_usize, 1..90_usize, 1..20_usize);
     let tokens = proptest::prop_oneof![proptest::strategy::Just(1_usize), 2..8_usize, 8..140_usize];
     let kinds = (0..3_usize, proptest::bool::ANY, 1..9_usize);
-    (sizes, tokens, kinds).prop_map(|((experts, d_in, d_out, half), tokens, (kind, latent, top_k))| Shape {
-        tokens,
-        d_in,
-        d_out,
-        rank: if kind == 0 { 2 * half } else { half + 1 },
-        experts: if experts > 64 { 1 } else { experts },
-        top_k: top_k.min(if experts > 64 { 1 } else { experts }),
-        rotation: Rotation::ALL[kind],
-        gate_input: if latent { GateInput::Latent } else { GateInput::Input },
-        turn: 1.0,
-    })
+    (sizes, tokens, kinds).prop_map(
+        |((experts, d_in, d_out, half), tokens, (kind, latent, top_k))| Shape {
+            tokens,
+            d_in,
+            d_out,
+            rank: if kind == 0 { 2 * half } else { half + 1 },
+            experts: if experts > 64 { 1 } else { experts },
+            top_k: top_k.min(if experts > 64 { 1 } else { experts }),
+            rotation: Rotation::ALL[kind],
+            gate_input: if latent {
+                GateInput::Latent
+            } else {
+                GateInput::Input
+            },
+            turn: 1.0,
+        },
+    )
 }
 
 /// Compares a layer with the f64 reference: the same experts, every result within the tolerances.
 fn matches_reference(device: &Device, shape: &Shape) -> Result<(), String> {
-    let want = shape.run(&Device::reference()).map_err(|error| error.to_string())?;
+    let want = shape
+        .run(&Device::reference())
+        .map_err(|error| error.to_string())?;
     let got = shape.run(device).map_err(|error| error.to_string())?;
     if got[1] != want[1] {
         return Err("other experts were chosen".to_owned());
@@ -101,9 +119,15 @@ fn matches_reference(device: &Device, shape: &Shape) -> Result<(), String> {
     for (index, (got, want)) in got.iter().zip(&want).enumerate() {
         let (norm, largest) = relative_errors(&got.to_f64(), &want.to_f64());
         // With few tokens the router's gradient is a difference of nearly equal numbers that nothing averages out.
-        let slack = if index == ROUTER && shape.tokens < 8 { 20.0 } else { 1.0 };
+        let slack = if index == ROUTER && shape.tokens < 8 {
+            20.0
+        } else {
+            1.0
+        };
         if norm > slack * 1e-5 || largest > slack * 1e-4 {
-            return Err(format!("{shape:?}, result {index}: {norm:.2e} in norm, {largest:.2e} of the largest"));
+            return Err(format!(
+                "{shape:?}, result {index}: {norm:.2e} in norm, {largest:.2e} of the largest"
+            ));
         }
     }
     Ok(())
@@ -124,9 +148,23 @@ const EXTREMES: [(usize, usize, usize, usize, usize, usize, f64); 8] = [
 fn extremes(device: &Device, rotation: Rotation) -> Result<(), Failed> {
     for (tokens, d_in, d_out, rank, experts, top_k, turn) in EXTREMES {
         // A Cayley rotation by a large generator is nearly a reflection of all it meets: its numbers stay small.
-        let turn = if rotation == Rotation::Cayley { turn.min(1.0) } else { turn };
+        let turn = if rotation == Rotation::Cayley {
+            turn.min(1.0)
+        } else {
+            turn
+        };
         let gate_input = GateInput::Input;
-        let shape = Shape { tokens, d_in, d_out, rank, experts, top_k, rotation, gate_input, turn };
+        let shape = Shape {
+            tokens,
+            d_in,
+            d_out,
+            rank,
+            experts,
+            top_k,
+            rotation,
+            gate_input,
+            turn,
+        };
         matches_reference(device, &shape)?;
     }
     Ok(())
@@ -134,10 +172,18 @@ fn extremes(device: &Device, rotation: Rotation) -> Result<(), Failed> {
 
 fn random_shapes(device: &Device, cases: u32) -> Result<(), Failed> {
     let mut runner = TestRunner::new_with_rng(
-        Config { cases, failure_persistence: None, ..Config::default() },
-        proptest::test_runner::TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha),
+        Config {
+            cases,
+            failure_persistence: None,
+            ..Config::default()
+        },
+        proptest::test_runner::TestRng::deterministic_rng(
+            proptest::test_runner::RngAlgorithm::ChaCha,
+        ),
     );
-    let outcome = runner.run(&shapes(), |shape| matches_reference(device, &shape).map_err(TestCaseError::fail));
+    let outcome = runner.run(&shapes(), |shape| {
+        matches_reference(device, &shape).map_err(TestCaseError::fail)
+    });
     outcome.map_err(|error| error.to_string().into())
 }
 
@@ -166,7 +212,11 @@ fn a_gate_of_zero_is_moe_lora(device: &Device, rotation: Rotation) -> Result<(),
     let with: Tensor = run(&|graph, x| Ok(rotated.forward(graph, x)?.output))?;
     let mixture: &MoeLora = &rotated.mixture;
     let without = run(&|graph, x| Ok(mixture.forward(graph, x)?.output))?;
-    if with == without { Ok(()) } else { Err("they are not equal bit for bit".into()) }
+    if with == without {
+        Ok(())
+    } else {
+        Err("they are not equal bit for bit".into())
+    }
 }
 
 /// The memory of a RotMoLE training step against its lower bound.
@@ -176,8 +226,16 @@ fn memory_is_near_the_lower_bound(device: &Device) -> Result<(), Failed> {
         let x = graph.input("x", TensorType::f32([tokens, width]))?;
         let labels = graph.input("labels", TensorType::i32([tokens]))?;
         let options = AdapterOptions::new(rank, 16.0);
-        let first = RotMole::new(Linear::new("first", width, width), options, RouterOptions::new(8, 2))?;
-        let second = RotMole::new(Linear::new("second", width, width), options, RouterOptions::new(8, 2))?;
+        let first = RotMole::new(
+            Linear::new("first", width, width),
+            options,
+            RouterOptions::new(8, 2),
+        )?;
+        let second = RotMole::new(
+            Linear::new("second", width, width),
+            options,
+            RouterOptions::new(8, 2),
+        )?;
         let hidden = first.forward(&mut graph, x)?;
         let active = graph.silu(hidden.output)?;
         let logits = second.forward(&mut graph, active)?;
@@ -193,9 +251,15 @@ fn memory_is_near_the_lower_bound(device: &Device) -> Result<(), Failed> {
         store.initialize(&graph, 0)?;
         let memory = graph.compile(&store)?.memory();
         let ratio = memory.pool as f64 / memory.pool_lower_bound as f64;
-        println!("{tokens} tokens, width {width}: pool {} bytes, {ratio:.3} of the lower bound", memory.pool);
+        println!(
+            "{tokens} tokens, width {width}: pool {} bytes, {ratio:.3} of the lower bound",
+            memory.pool
+        );
         if !(1.0..=1.1).contains(&ratio) {
-            return Err(format!("{tokens} tokens, width {width}: {memory:?}: {ratio:.3} times the lower bound").into());
+            return Err(format!(
+                "{tokens} tokens, width {width}: {memory:?}: {ratio:.3} times the lower bound"
+            )
+            .into());
         }
     }
     Ok(())
@@ -205,14 +269,24 @@ pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     for rotation in Rotation::ALL {
         let name = format!("layers::rotmole_{rotation}_with_a_gate_of_zero_is_moe_lora");
-        trials.extend(devices::trials(&name, move |device| a_gate_of_zero_is_moe_lora(device, rotation)));
+        trials.extend(devices::trials(&name, move |device| {
+            a_gate_of_zero_is_moe_lora(device, rotation)
+        }));
         let name = format!("layers::rotmole_{rotation}_of_extreme_shapes");
-        trials.extend(devices::trials(&name, move |device| extremes(device, rotation)));
+        trials.extend(devices::trials(&name, move |device| {
+            extremes(device, rotation)
+        }));
     }
-    trials.extend(devices::trials("layers::rotmole_of_random_shapes", |device| {
-        // A new shape is a new set of pipelines: on a GPU half a second each.
-        random_shapes(device, if device.adapter().is_some() { 24 } else { 200 })
-    }));
-    trials.extend(devices::own_trials("layers::memory_is_near_the_lower_bound", memory_is_near_the_lower_bound));
+    trials.extend(devices::trials(
+        "layers::rotmole_of_random_shapes",
+        |device| {
+            // A new shape is a new set of pipelines: on a GPU half a second each.
+            random_shapes(device, if device.adapter().is_some() { 24 } else { 200 })
+        },
+    ));
+    trials.extend(devices::own_trials(
+        "layers::memory_is_near_the_lower_bound",
+        memory_is_near_the_lower_bound,
+    ));
     trials
 }

@@ -22,9 +22,10 @@ fn check(case: &Case, device: &Device) -> Result<(), Failed> {
         }
         let (norm, largest) = relative_errors(&got.to_f64(), &want.to_f64());
         if norm > 1e-5 || largest > 1e-4 {
-            return Err(
-                format!("result {index}: relative error {norm:.2e} in norm, {largest:.2e} of the largest").into()
-            );
+            return Err(format!(
+                "result {index}: relative error {norm:.2e} in norm, {largest:.2e} of the largest"
+            )
+            .into());
         }
     }
     let again = harness.run()?;

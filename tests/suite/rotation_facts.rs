@@ -23,7 +23,12 @@ fn norm(row: &[f64]) -> f64 {
     row.iter().map(|x| x * x).sum::<f64>().sqrt()
 }
 
-fn lengths_are_kept(device: &Device, rotation: Rotation, rank: usize, largest: f64) -> Result<(), Failed> {
+fn lengths_are_kept(
+    device: &Device,
+    rotation: Rotation,
+    rank: usize,
+    largest: f64,
+) -> Result<(), Failed> {
     let rows = 9;
     let z = floats(&[rows, rank], 200);
     let generator = floats_in(&[rows, rotation.numbers(rank)?], 201, -largest, largest);
@@ -39,7 +44,10 @@ fn lengths_are_kept(device: &Device, rotation: Rotation, rank: usize, largest: f
 
 fn zero_is_the_identity(device: &Device, rotation: Rotation, rank: usize) -> Result<(), Failed> {
     let z = Tensor::f32([5, rank], floats(&[5, rank], 202).to_f32())?;
-    let generator = Tensor::f32([5, rotation.numbers(rank)?], vec![0.0; 5 * rotation.numbers(rank)?])?;
+    let generator = Tensor::f32(
+        [5, rotation.numbers(rank)?],
+        vec![0.0; 5 * rotation.numbers(rank)?],
+    )?;
     if rotate(device, rotation, &z, &generator)? == z {
         Ok(())
     } else {
@@ -51,7 +59,9 @@ fn zero_is_the_identity(device: &Device, rotation: Rotation, rank: usize) -> Res
 fn determinant(mut matrix: Vec<Vec<f64>>) -> f64 {
     let mut product = 1.0;
     for k in 0..matrix.len() {
-        let pivot = (k..matrix.len()).max_by(|&a, &b| matrix[a][k].abs().total_cmp(&matrix[b][k].abs())).unwrap_or(k);
+        let pivot = (k..matrix.len())
+            .max_by(|&a, &b| matrix[a][k].abs().total_cmp(&matrix[b][k].abs()))
+            .unwrap_or(k);
         if pivot != k {
             matrix.swap(pivot, k);
             product = -product;
@@ -70,11 +80,19 @@ fn determinant(mut matrix: Vec<Vec<f64>>) -> f64 {
 
 fn is_orthogonal(device: &Device, rotation: Rotation, rank: usize) -> Result<(), Failed> {
     // Row i is R e_i, column i of R: one generator for all of them.
-    let unit = (0..rank * rank).map(|at| if at / rank == at % rank { 1.0 } else { 0.0 }).collect();
+    let unit = (0..rank * rank)
+        .map(|at| if at / rank == at % rank { 1.0 } else { 0.0 })
+        .collect();
     let numbers = rotation.numbers(rank)?;
     let one = floats_in(&[numbers], 203, -1.0, 1.0).to_f32();
     let generator = Tensor::f32([rank, numbers], one.repeat(rank))?;
-    let columns = rotate(device, rotation, &Tensor::f32([rank, rank], unit)?, &generator)?.to_f64();
+    let columns = rotate(
+        device,
+        rotation,
+        &Tensor::f32([rank, rank], unit)?,
+        &generator,
+    )?
+    .to_f64();
     let columns: Vec<Vec<f64>> = columns.chunks(rank).map(<[f64]>::to_vec).collect();
     for (i, a) in columns.iter().enumerate() {
         for (j, b) in columns.iter().enumerate() {
@@ -86,7 +104,11 @@ fn is_orthogonal(device: &Device, rotation: Rotation, rank: usize) -> Result<(),
         }
     }
     let error = (determinant(columns) - 1.0).abs();
-    if error.is_nan() || error > 1e-5 { Err(format!("the determinant is off by {error:.2e}").into()) } else { Ok(()) }
+    if error.is_nan() || error > 1e-5 {
+        Err(format!("the determinant is off by {error:.2e}").into())
+    } else {
+        Ok(())
+    }
 }
 
 pub fn trials() -> Vec<Trial> {
@@ -97,15 +119,20 @@ pub fn trials() -> Vec<Trial> {
             trials.extend(devices::trials(&name("keeps_lengths"), move |device| {
                 lengths_are_kept(device, rotation, rank, 1.0)
             }));
-            trials.extend(devices::trials(&name("of_zero_is_the_identity"), move |device| {
-                zero_is_the_identity(device, rotation, rank)
+            trials.extend(devices::trials(
+                &name("of_zero_is_the_identity"),
+                move |device| zero_is_the_identity(device, rotation, rank),
+            ));
+            trials.extend(devices::trials(&name("is_orthogonal"), move |device| {
+                is_orthogonal(device, rotation, rank)
             }));
-            trials.extend(devices::trials(&name("is_orthogonal"), move |device| is_orthogonal(device, rotation, rank)));
         }
     }
     for rotation in [Rotation::Planes, Rotation::Givens] {
         let name = format!("rotation::{rotation}_keeps_lengths_for_angles_to_1e4");
-        trials.extend(devices::trials(&name, move |device| lengths_are_kept(device, rotation, 8, 1e4)));
+        trials.extend(devices::trials(&name, move |device| {
+            lengths_are_kept(device, rotation, 8, 1e4)
+        }));
     }
     trials
 }

@@ -20,11 +20,24 @@ fn launches() -> BTreeMap<String, Arc<Launch>> {
     let mut found = BTreeMap::new();
     for case in cases::all() {
         let graph = case.graph().expect("the cases are sound");
-        for launch in graph.launches(&capabilities).expect("the cases fit every WebGPU device") {
-            let constants: Vec<String> =
-                launch.constants.iter().map(|(name, value)| format!("{name}={value}")).collect();
-            let name = format!("shaders::{}::{} {}", launch.shader.name, launch.entry, constants.join(" "));
-            found.entry(name.trim().to_owned()).or_insert_with(|| Arc::new(launch));
+        for launch in graph
+            .launches(&capabilities)
+            .expect("the cases fit every WebGPU device")
+        {
+            let constants: Vec<String> = launch
+                .constants
+                .iter()
+                .map(|(name, value)| format!("{name}={value}"))
+                .collect();
+            let name = format!(
+                "shaders::{}::{} {}",
+                launch.shader.name,
+                launch.entry,
+                constants.join(" ")
+            );
+            found
+                .entry(name.trim().to_owned())
+                .or_insert_with(|| Arc::new(launch));
         }
     }
     found
@@ -39,25 +52,43 @@ struct Kernel {
 /// The kernel with the launch's constants filled in.
 fn kernel(launch: &Launch) -> Result<Kernel, Failed> {
     let source = launch.shader.source;
-    let parsed = naga::front::wgsl::parse_str(source).map_err(|error| error.emit_to_string(source))?;
+    let parsed =
+        naga::front::wgsl::parse_str(source).map_err(|error| error.emit_to_string(source))?;
     let mut validator = Validator::new(ValidationFlags::all(), Features::default());
-    let info = validator.validate(&parsed).map_err(|error| error.emit_to_string(source))?;
+    let info = validator
+        .validate(&parsed)
+        .map_err(|error| error.emit_to_string(source))?;
     for (name, _) in &launch.constants {
-        if !parsed.overrides.iter().any(|(_, constant)| constant.name.as_deref() == Some(*name)) {
+        if !parsed
+            .overrides
+            .iter()
+            .any(|(_, constant)| constant.name.as_deref() == Some(*name))
+        {
             return Err(format!("there is no override constant `{name}`").into());
         }
     }
-    let constants = launch.constants.iter().map(|&(name, value)| (name.to_owned(), value)).collect();
+    let constants = launch
+        .constants
+        .iter()
+        .map(|&(name, value)| (name.to_owned(), value))
+        .collect();
     let entry = (ShaderStage::Compute, launch.entry.to_owned());
-    let (module, info) =
-        process_overrides(&parsed, &info, Some((entry.0, &entry.1)), &constants).map_err(|error| error.to_string())?;
-    Ok(Kernel { module: module.into_owned(), info: info.into_owned(), entry })
+    let (module, info) = process_overrides(&parsed, &info, Some((entry.0, &entry.1)), &constants)
+        .map_err(|error| error.to_string())?;
+    Ok(Kernel {
+        module: module.into_owned(),
+        info: info.into_owned(),
+        entry,
+    })
 }
 
 /// The launch binds what the entry point uses, and gives it as many parameters as its struct has.
 fn bindings_agree(kernel: &Kernel, launch: &Launch) -> Result<(), Failed> {
     let module = &kernel.module;
-    let position = module.entry_points.iter().position(|entry| entry.name == launch.entry);
+    let position = module
+        .entry_points
+        .iter()
+        .position(|entry| entry.name == launch.entry);
     let position = position.ok_or("there is no such entry point")?;
     let used = kernel.info.get_entry_point(position);
     let mut seen = Vec::new();
@@ -65,29 +96,45 @@ fn bindings_agree(kernel: &Kernel, launch: &Launch) -> Result<(), Failed> {
         if used[handle].is_empty() {
             continue;
         }
-        let Some(binding) = &global.binding else { continue };
+        let Some(binding) = &global.binding else {
+            continue;
+        };
         let name = global.name.clone().unwrap_or_default();
         match global.space {
             AddressSpace::Uniform => {
                 let size = module.types[global.ty].inner.size(module.to_ctx()) as usize;
                 let given = launch.params.len() * 4;
                 if size != given && size != given.next_multiple_of(16) {
-                    return Err(format!("the parameters have {size} bytes, the launch gives {given}").into());
+                    return Err(format!(
+                        "the parameters have {size} bytes, the launch gives {given}"
+                    )
+                    .into());
                 }
             }
             AddressSpace::Storage { access } => {
-                let bound = launch.bindings.iter().find(|bound| bound.number == binding.binding);
+                let bound = launch
+                    .bindings
+                    .iter()
+                    .find(|bound| bound.number == binding.binding);
                 let bound = bound.ok_or_else(|| format!("`{name}` is used but not bound"))?;
                 let writes = access.contains(StorageAccess::STORE);
                 if writes != (bound.access == Access::ReadWrite) {
-                    return Err(format!("`{name}` is declared {access:?} and bound {:?}", bound.access).into());
+                    return Err(format!(
+                        "`{name}` is declared {access:?} and bound {:?}",
+                        bound.access
+                    )
+                    .into());
                 }
                 seen.push(binding.binding);
             }
             _ => {}
         }
     }
-    if let Some(bound) = launch.bindings.iter().find(|bound| !seen.contains(&bound.number)) {
+    if let Some(bound) = launch
+        .bindings
+        .iter()
+        .find(|bound| !seen.contains(&bound.number))
+    {
         return Err(format!("binding {} is bound but not used", bound.number).into());
     }
     Ok(())
@@ -97,7 +144,10 @@ fn bindings_agree(kernel: &Kernel, launch: &Launch) -> Result<(), Failed> {
 fn limits_are_kept(kernel: &Kernel, launch: &Launch) -> Result<(), Failed> {
     let limits = Capabilities::webgpu_defaults();
     let module = &kernel.module;
-    let position = module.entry_points.iter().position(|entry| entry.name == launch.entry);
+    let position = module
+        .entry_points
+        .iter()
+        .position(|entry| entry.name == launch.entry);
     let position = position.ok_or("there is no such entry point")?;
     let entry = &module.entry_points[position];
     let invocations: u32 = entry.workgroup_size.iter().product();
@@ -105,13 +155,32 @@ fn limits_are_kept(kernel: &Kernel, launch: &Launch) -> Result<(), Failed> {
     let memory: u32 = module
         .global_variables
         .iter()
-        .filter(|(handle, global)| global.space == AddressSpace::WorkGroup && !used[*handle].is_empty())
-        .map(|(_, global)| module.types[global.ty].inner.size(module.to_ctx()).next_multiple_of(16))
+        .filter(|(handle, global)| {
+            global.space == AddressSpace::WorkGroup && !used[*handle].is_empty()
+        })
+        .map(|(_, global)| {
+            module.types[global.ty]
+                .inner
+                .size(module.to_ctx())
+                .next_multiple_of(16)
+        })
         .sum();
     let found = [
-        ("invocations", invocations, limits.max_invocations_per_workgroup),
-        ("bytes of workgroup memory", memory, limits.max_workgroup_bytes),
-        ("storage buffers", launch.bindings.len() as u32, limits.max_storage_buffers),
+        (
+            "invocations",
+            invocations,
+            limits.max_invocations_per_workgroup,
+        ),
+        (
+            "bytes of workgroup memory",
+            memory,
+            limits.max_workgroup_bytes,
+        ),
+        (
+            "storage buffers",
+            launch.bindings.len() as u32,
+            limits.max_storage_buffers,
+        ),
         ("invocations along z", entry.workgroup_size[2], 64),
     ];
     for (what, needed, limit) in found {
@@ -124,33 +193,75 @@ fn limits_are_kept(kernel: &Kernel, launch: &Launch) -> Result<(), Failed> {
 
 /// SPIR-V with and without checks, MSL, HLSL and GLSL ES come out.
 fn translations_exist(kernel: &Kernel) -> Result<(), Failed> {
-    let Kernel { module, info, entry } = kernel;
-    for (index, checked) in [(BoundsCheckPolicy::Restrict, true), (BoundsCheckPolicy::Unchecked, false)] {
-        let bounds_check_policies = BoundsCheckPolicies { index, buffer: index, ..BoundsCheckPolicies::default() };
+    let Kernel {
+        module,
+        info,
+        entry,
+    } = kernel;
+    for (index, checked) in [
+        (BoundsCheckPolicy::Restrict, true),
+        (BoundsCheckPolicy::Unchecked, false),
+    ] {
+        let bounds_check_policies = BoundsCheckPolicies {
+            index,
+            buffer: index,
+            ..BoundsCheckPolicies::default()
+        };
         let options = spv::Options {
             bounds_check_policies,
             force_loop_bounding: checked,
             fake_missing_bindings: true,
             ..spv::Options::default()
         };
-        let pipeline = spv::PipelineOptions { shader_stage: entry.0, entry_point: entry.1.clone() };
-        spv::write_vec(module, info, &options, Some(&pipeline)).map_err(|error| format!("SPIR-V: {error}"))?;
+        let pipeline = spv::PipelineOptions {
+            shader_stage: entry.0,
+            entry_point: entry.1.clone(),
+        };
+        spv::write_vec(module, info, &options, Some(&pipeline))
+            .map_err(|error| format!("SPIR-V: {error}"))?;
     }
-    let options = msl::Options { lang_version: (2, 4), fake_missing_bindings: true, ..msl::Options::default() };
-    let pipeline = msl::PipelineOptions { entry_point: Some(entry.clone()), ..msl::PipelineOptions::default() };
-    msl::write_string(module, info, &options, &pipeline).map_err(|error| format!("MSL: {error}"))?;
+    let options = msl::Options {
+        lang_version: (2, 4),
+        fake_missing_bindings: true,
+        ..msl::Options::default()
+    };
+    let pipeline = msl::PipelineOptions {
+        entry_point: Some(entry.clone()),
+        ..msl::PipelineOptions::default()
+    };
+    msl::write_string(module, info, &options, &pipeline)
+        .map_err(|error| format!("MSL: {error}"))?;
     let mut text = String::new();
-    let options = hlsl::Options { fake_missing_bindings: true, ..hlsl::Options::default() };
-    let pipeline = hlsl::PipelineOptions { entry_point: Some(entry.clone()) };
+    let options = hlsl::Options {
+        fake_missing_bindings: true,
+        ..hlsl::Options::default()
+    };
+    let pipeline = hlsl::PipelineOptions {
+        entry_point: Some(entry.clone()),
+    };
     hlsl::Writer::new(&mut text, &options, &pipeline)
         .write(module, info, None)
         .map_err(|error| format!("HLSL: {error}"))?;
-    let options = glsl::Options { version: glsl::Version::new_gles(310), ..glsl::Options::default() };
-    let pipeline = glsl::PipelineOptions { shader_stage: entry.0, entry_point: entry.1.clone(), multiview: None };
+    let options = glsl::Options {
+        version: glsl::Version::new_gles(310),
+        ..glsl::Options::default()
+    };
+    let pipeline = glsl::PipelineOptions {
+        shader_stage: entry.0,
+        entry_point: entry.1.clone(),
+        multiview: None,
+    };
     let mut text = String::new();
-    glsl::Writer::new(&mut text, module, info, &options, &pipeline, BoundsCheckPolicies::default())
-        .and_then(|mut writer| writer.write())
-        .map_err(|error| format!("GLSL ES: {error}"))?;
+    glsl::Writer::new(
+        &mut text,
+        module,
+        info,
+        &options,
+        &pipeline,
+        BoundsCheckPolicies::default(),
+    )
+    .and_then(|mut writer| writer.write())
+    .map_err(|error| format!("GLSL ES: {error}"))?;
     Ok(())
 }
 
@@ -162,5 +273,8 @@ fn check(launch: &Launch) -> Result<(), Failed> {
 }
 
 pub fn trials() -> Vec<Trial> {
-    launches().into_iter().map(|(name, launch)| Trial::test(name, move || check(&launch))).collect()
+    launches()
+        .into_iter()
+        .map(|(name, launch)| Trial::test(name, move || check(&launch)))
+        .collect()
 }

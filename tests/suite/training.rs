@@ -40,25 +40,44 @@ fn step_of(device: &Device, rotation: Rotation) -> Result<Step> {
     let total = graph.add(loss, auxiliary)?;
     graph.output(loss)?;
     let gradients = graph.backward(total)?;
-    let optimizer = AdamW { max_norm: Some(1.0), ..AdamW::default() }.add_to(&mut graph, &gradients)?;
+    let optimizer = AdamW {
+        max_norm: Some(1.0),
+        ..AdamW::default()
+    }
+    .add_to(&mut graph, &gradients)?;
     let store = ParameterStore::new(device);
     store.initialize(&graph, 3)?;
     let mut session = graph.compile(&store)?;
     session.poison()?;
     session.set("x", &floats(&[TOKENS, D_IN], 60))?;
     session.set("labels", &ints(&[TOKENS], 61, CLASSES as u32))?;
-    let parameters = graph.parameters().iter().map(|spec| spec.name.clone()).collect();
-    Ok(Step { store, session, optimizer, loss, parameters })
+    let parameters = graph
+        .parameters()
+        .iter()
+        .map(|spec| spec.name.clone())
+        .collect();
+    Ok(Step {
+        store,
+        session,
+        optimizer,
+        loss,
+        parameters,
+    })
 }
 
 impl Step {
     fn run(&mut self) -> Result<f64> {
         self.optimizer.prepare(&mut self.session, 1e-2)?;
-        Ok(self.session.run_reading(&[self.loss])?[0].item().unwrap_or(f64::NAN))
+        Ok(self.session.run_reading(&[self.loss])?[0]
+            .item()
+            .unwrap_or(f64::NAN))
     }
 
     fn state(&self) -> Result<Vec<Tensor>> {
-        self.parameters.iter().map(|name| self.store.read(name)).collect()
+        self.parameters
+            .iter()
+            .map(|name| self.store.read(name))
+            .collect()
     }
 }
 
@@ -94,14 +113,48 @@ fn nothing_is_allocated_after_the_first_run(device: &Device) -> Result<(), Faile
         ("bind groups", after.bind_groups - before.bind_groups, 0),
         ("passes", after.passes - before.passes, 1),
         ("submits", after.submits - before.submits, 1),
-        ("launches", after.launches - before.launches, step.session.launches().len() as u64),
+        (
+            "launches",
+            after.launches - before.launches,
+            step.session.launches().len() as u64,
+        ),
     ];
     for (what, got, allowed) in grown {
         if got != allowed {
-            return Err(format!("a run after the first made {got} {what}, expected {allowed}").into());
+            return Err(
+                format!("a run after the first made {got} {what}, expected {allowed}").into(),
+            );
         }
     }
     Ok(())
+}
+
+/// Every launch of a step can be timed where the adapter has timestamps; elsewhere that is an error.
+fn launches_are_timed(device: &Device) -> Result<(), Failed> {
+    let mut step = step_of(device, Rotation::Planes)?;
+    step.run()?;
+    let timed = step.session.profile();
+    let can = device
+        .adapter()
+        .is_some_and(|adapter| adapter.capabilities.timestamps);
+    match timed {
+        Ok(timings) if can => {
+            let expected: Vec<String> = step
+                .session
+                .launches()
+                .iter()
+                .map(|launch| format!("{}::{}", launch.shader.name, launch.entry))
+                .collect();
+            let found: Vec<String> = timings.iter().map(|timing| timing.kernel.clone()).collect();
+            let seconds: f64 = timings.iter().map(|timing| timing.seconds).sum();
+            if found != expected || !(seconds > 0.0 && seconds < 60.0) {
+                return Err(format!("{seconds} seconds for {found:?}").into());
+            }
+            Ok(())
+        }
+        Err(_) if !can => Ok(()),
+        other => Err(format!("timestamps: {can}, and yet {other:?}").into()),
+    }
 }
 
 /// AdamW and clipping against the formula in f64.
@@ -114,7 +167,10 @@ fn adamw_is_pytorchs(device: &Device) -> Result<(), Failed> {
     let square = graph.square(difference)?;
     let loss = graph.sum_all(square)?;
     let gradients = graph.backward(loss)?;
-    let mut adamw = AdamW { max_norm: Some(max_norm as f32), ..AdamW::default() };
+    let mut adamw = AdamW {
+        max_norm: Some(max_norm as f32),
+        ..AdamW::default()
+    };
     adamw.constants.weight_decay = decay;
     let mut optimizer = adamw.add_to(&mut graph, &gradients)?;
     let store = ParameterStore::new(device);
@@ -131,7 +187,11 @@ fn adamw_is_pytorchs(device: &Device) -> Result<(), Failed> {
         optimizer.prepare(&mut session, rate)?;
         let norm_value = optimizer.norm.ok_or("clipping gives a norm")?;
         let reported = session.run_reading(&[norm_value])?[0].to_f64()[0];
-        let gradient: Vec<f64> = theta.iter().zip(&goal).map(|(w, t)| 2.0 * (w - t)).collect();
+        let gradient: Vec<f64> = theta
+            .iter()
+            .zip(&goal)
+            .map(|(w, t)| 2.0 * (w - t))
+            .collect();
         let norm = gradient.iter().map(|g| g * g).sum::<f64>().sqrt();
         if (reported - norm).abs() > 1e-5 * norm {
             return Err(format!("step {t}: the norm is {reported}, expected {norm}").into());
@@ -147,7 +207,11 @@ fn adamw_is_pytorchs(device: &Device) -> Result<(), Failed> {
         }
     }
     let (error, _) = crate::metrics::relative_errors(&store.read("w")?.to_f64(), &theta);
-    if error > 1e-5 { Err(format!("relative error {error:.2e} after 20 steps").into()) } else { Ok(()) }
+    if error > 1e-5 {
+        Err(format!("relative error {error:.2e} after 20 steps").into())
+    } else {
+        Ok(())
+    }
 }
 
 fn training_resumes_from_a_file(device: &Device) -> Result<(), Failed> {
@@ -157,7 +221,9 @@ fn training_resumes_from_a_file(device: &Device) -> Result<(), Failed> {
     for _ in 0..3 {
         whole.run()?;
     }
-    let metadata = [("step".to_owned(), whole.optimizer.steps().to_string())].into_iter().collect();
+    let metadata = [("step".to_owned(), whole.optimizer.steps().to_string())]
+        .into_iter()
+        .collect();
     whole.store.save(&path, metadata, |_| true)?;
     let mut resumed = step_of(device, Rotation::Planes)?;
     let metadata = resumed.store.load(&path)?;
@@ -168,17 +234,36 @@ fn training_resumes_from_a_file(device: &Device) -> Result<(), Failed> {
             return Err(format!("the whole training has loss {a}, the resumed one {b}").into());
         }
     }
-    if whole.state()? == resumed.state()? { Ok(()) } else { Err("the parameters differ after resuming".into()) }
+    if whole.state()? == resumed.state()? {
+        Ok(())
+    } else {
+        Err("the parameters differ after resuming".into())
+    }
 }
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     for rotation in [Rotation::Planes, Rotation::Givens, Rotation::Cayley] {
         let name = format!("training::equal_reruns_{}", rotation.name());
-        trials.extend(devices::trials(&name, move |device| reruns_are_equal(device, rotation)));
+        trials.extend(devices::trials(&name, move |device| {
+            reruns_are_equal(device, rotation)
+        }));
     }
-    trials.extend(devices::trials("training::adamw_and_clipping", adamw_is_pytorchs));
-    trials.extend(devices::trials("training::resumes_from_a_file", training_resumes_from_a_file));
-    trials.extend(devices::own_trials("training::allocates_once", nothing_is_allocated_after_the_first_run));
+    trials.extend(devices::trials(
+        "training::adamw_and_clipping",
+        adamw_is_pytorchs,
+    ));
+    trials.extend(devices::trials(
+        "training::resumes_from_a_file",
+        training_resumes_from_a_file,
+    ));
+    trials.extend(devices::own_trials(
+        "training::launches_are_timed",
+        launches_are_timed,
+    ));
+    trials.extend(devices::own_trials(
+        "training::allocates_once",
+        nothing_is_allocated_after_the_first_run,
+    ));
     trials
 }

@@ -17,7 +17,10 @@ fn describe(adapter: &AdapterSummary) {
         c.max_invocations_per_workgroup,
         c.max_workgroup_bytes >> 10
     );
-    println!("  grid                  {} workgroups a dimension", c.max_workgroups_per_dimension);
+    println!(
+        "  grid                  {} workgroups a dimension",
+        c.max_workgroups_per_dimension
+    );
     println!("  f16                   {}", yes(c.f16));
     println!("  subgroups             {}", yes(c.subgroups));
     println!("  timestamps            {}", yes(c.timestamps));

@@ -40,7 +40,10 @@ struct DeviceArguments {
 
 impl DeviceArguments {
     fn open(&self) -> Result<Device> {
-        Device::open_with(&DeviceOptions { request: self.device.clone(), checked: self.checked })
+        Device::open_with(&DeviceOptions {
+            request: self.device.clone(),
+            checked: self.checked,
+        })
     }
 }
 

@@ -20,10 +20,15 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let device = options.device.open()?;
-    eprintln!("device: {}{}", device.name(), if device.is_checked() { ", checked" } else { "" });
+    eprintln!(
+        "device: {}{}",
+        device.name(),
+        if device.is_checked() { ", checked" } else { "" }
+    );
     let mut failed = false;
     for path in &options.files {
-        let replayed = GoldenCase::read(path).and_then(|case| Ok((case.replay(&device)?, case.name)));
+        let replayed =
+            GoldenCase::read(path).and_then(|case| Ok((case.replay(&device)?, case.name)));
         match replayed {
             Ok((replay, name)) => {
                 failed |= !replay.ok;
@@ -33,7 +38,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
                     replay.output_error,
                     replay.gradient_error,
                     replay.worst_gradient,
-                    if replay.experts_equal { "equal" } else { "DIFFER" },
+                    if replay.experts_equal {
+                        "equal"
+                    } else {
+                        "DIFFER"
+                    },
                 );
             }
             Err(error) => {
@@ -43,5 +52,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             }
         }
     }
-    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if failed {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
 }

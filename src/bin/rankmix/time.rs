@@ -75,12 +75,19 @@ fn layer_output(options: &Options, graph: &mut Graph, x: Value) -> Result<Value>
     let base = Linear::new("layer", options.d_in, options.d_out);
     let adapter = AdapterOptions::new(options.rank, 2.0 * options.rank as f32);
     let router = RouterOptions::new(options.experts, options.top_k);
-    let gate_input = if options.gate_on_latent { GateInput::Latent } else { GateInput::Input };
+    let gate_input = if options.gate_on_latent {
+        GateInput::Latent
+    } else {
+        GateInput::Input
+    };
     match options.layer {
         Layer::Lora => Lora::new(base, adapter)?.forward(graph, x),
-        Layer::MoeLora => Ok(MoeLora::new(base, adapter, router)?.forward(graph, x)?.output),
+        Layer::MoeLora => Ok(MoeLora::new(base, adapter, router)?
+            .forward(graph, x)?
+            .output),
         Layer::Rotmole => {
-            let layer = RotMole::with_rotation(base, adapter, router, options.rotation, gate_input)?;
+            let layer =
+                RotMole::with_rotation(base, adapter, router, options.rotation, gate_input)?;
             Ok(layer.forward(graph, x)?.output)
         }
     }
@@ -89,7 +96,12 @@ fn layer_output(options: &Options, graph: &mut Graph, x: Value) -> Result<Value>
 /// Numbers in -1..1 that are all different: timing zeros would flatter some hardware.
 fn ramp(rows: usize, columns: usize) -> Result<Tensor> {
     let count = rows * columns;
-    Tensor::f32([rows, columns], (0..count).map(|i| (i as f32 * 0.618_034).fract() * 2.0 - 1.0).collect())
+    Tensor::f32(
+        [rows, columns],
+        (0..count)
+            .map(|i| (i as f32 * 0.618_034).fract() * 2.0 - 1.0)
+            .collect(),
+    )
 }
 
 /// The median seconds of a run, synchronised.
@@ -125,7 +137,11 @@ fn measure(options: &Options, device: &Device) -> Result<Timing> {
     for spec in graph.parameters().iter().filter(|spec| spec.trainable) {
         let dims = spec.ty.dims();
         let columns = spec.ty.shape.last();
-        let data = ramp(spec.ty.elements() / columns, columns)?.to_f32().iter().map(|x| 0.05 * x).collect();
+        let data = ramp(spec.ty.elements() / columns, columns)?
+            .to_f32()
+            .iter()
+            .map(|x| 0.05 * x)
+            .collect();
         store.insert(&spec.name, &Tensor::f32(dims, data)?)?;
     }
     let mut forward = graph.compile(&store)?;
@@ -153,11 +169,19 @@ fn measure(options: &Options, device: &Device) -> Result<Timing> {
     let memory = step.memory();
     let planned = memory.parameters + memory.inputs + memory.pool;
     Ok(Timing {
-        layer: options.layer.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default(),
+        layer: options
+            .layer
+            .to_possible_value()
+            .map(|value| value.get_name().to_owned())
+            .unwrap_or_default(),
         device: device.name(),
         forward_seconds,
         step_seconds,
-        peak_bytes: if after.peak_bytes > 0 { after.peak_bytes } else { planned },
+        peak_bytes: if after.peak_bytes > 0 {
+            after.peak_bytes
+        } else {
+            planned
+        },
         launches: after.launches - before.launches,
         submits: after.submits - before.submits,
     })
@@ -167,14 +191,19 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let device = options.device.open()?;
     let timing = measure(options, &device)?;
     if options.json {
-        let text = serde_json::to_string(&timing)
-            .map_err(|error| Error::Gpu { thing: "writing JSON".to_owned(), reason: error.to_string() })?;
+        let text = serde_json::to_string(&timing).map_err(|error| Error::Gpu {
+            thing: "writing JSON".to_owned(),
+            reason: error.to_string(),
+        })?;
         println!("{text}");
     } else {
         println!("{} on {}", timing.layer, timing.device);
         println!("  forward             {:.6} s", timing.forward_seconds);
         println!("  forward + backward  {:.6} s", timing.step_seconds);
-        println!("  peak device memory  {:.2} MiB", timing.peak_bytes as f64 / f64::from(1 << 20));
+        println!(
+            "  peak device memory  {:.2} MiB",
+            timing.peak_bytes as f64 / f64::from(1 << 20)
+        );
         println!("  launches a step     {}", timing.launches);
         println!("  submits a step      {}", timing.submits);
     }

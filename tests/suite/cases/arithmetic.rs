@@ -4,32 +4,65 @@ use crate::case::{Case, floats, floats_in};
 
 pub fn cases() -> Vec<Case> {
     let mut cases = vec![
-        Case::new("affine", vec![floats(&[3, 5], 1)], |g, v| Ok(vec![g.affine(v[0], -1.5, 0.25)?])),
-        Case::new("square", vec![floats(&[7], 2)], |g, v| Ok(vec![g.square(v[0])?])),
-        Case::new("sqrt", vec![floats_in(&[2, 9], 3, 0.5, 2.0)], |g, v| Ok(vec![g.sqrt(v[0])?])),
-        Case::new("reciprocal", vec![floats_in(&[4, 4], 4, 0.5, 2.0)], |g, v| Ok(vec![g.reciprocal(v[0])?])),
-        Case::new("exp", vec![floats(&[133], 5)], |g, v| Ok(vec![g.exp(v[0])?])),
-        Case::new("ln", vec![floats_in(&[3, 3], 6, 0.5, 2.0)], |g, v| Ok(vec![g.ln(v[0])?])),
+        Case::new("affine", vec![floats(&[3, 5], 1)], |g, v| {
+            Ok(vec![g.affine(v[0], -1.5, 0.25)?])
+        }),
+        Case::new("square", vec![floats(&[7], 2)], |g, v| {
+            Ok(vec![g.square(v[0])?])
+        }),
+        Case::new("sqrt", vec![floats_in(&[2, 9], 3, 0.5, 2.0)], |g, v| {
+            Ok(vec![g.sqrt(v[0])?])
+        }),
+        Case::new(
+            "reciprocal",
+            vec![floats_in(&[4, 4], 4, 0.5, 2.0)],
+            |g, v| Ok(vec![g.reciprocal(v[0])?]),
+        ),
+        Case::new("exp", vec![floats(&[133], 5)], |g, v| {
+            Ok(vec![g.exp(v[0])?])
+        }),
+        Case::new("ln", vec![floats_in(&[3, 3], 6, 0.5, 2.0)], |g, v| {
+            Ok(vec![g.ln(v[0])?])
+        }),
         Case::new("reshape", vec![floats(&[3, 8], 7)], |g, v| {
             let square = g.square(v[0])?;
             Ok(vec![g.reshape(square, [4, 6])?])
         }),
-        Case::new("accumulate_used_twice", vec![floats(&[5, 3], 8), floats(&[5, 3], 9)], |g, v| {
-            // The first operand is used again after it was added into: the planner must copy it.
-            let first = g.square(v[0])?;
-            let sum = g.accumulate(first, v[1])?;
-            Ok(vec![sum, g.scale(first, 3.0)?])
-        }),
+        Case::new(
+            "accumulate_used_twice",
+            vec![floats(&[5, 3], 8), floats(&[5, 3], 9)],
+            |g, v| {
+                // The first operand is used again after it was added into: the planner must copy it.
+                let first = g.square(v[0])?;
+                let sum = g.accumulate(first, v[1])?;
+                Ok(vec![sum, g.scale(first, 3.0)?])
+            },
+        ),
         Case::new("accumulate_itself", vec![floats(&[6], 10)], |g, v| {
             let square = g.square(v[0])?;
             Ok(vec![g.accumulate(square, square)?])
         }),
-        Case::new("sum_all", vec![floats(&[11, 3, 2], 11)], |g, v| Ok(vec![g.sum_all(v[0])?])),
-        Case::new("mean_all", vec![floats(&[13], 12)], |g, v| Ok(vec![g.mean_all(v[0])?])),
-        Case::new("sum_inner", vec![floats(&[7, 133], 13)], |g, v| Ok(vec![g.sum(v[0], &[1])?])),
-        Case::new("sum_outer", vec![floats(&[70, 5], 14)], |g, v| Ok(vec![g.sum(v[0], &[0])?])),
-        Case::new("sum_first_and_last", vec![floats(&[4, 3, 5], 15)], |g, v| Ok(vec![g.sum(v[0], &[0, 2])?])),
-        Case::new("sum_two_passes", vec![floats(&[9001, 2], 16)], |g, v| Ok(vec![g.sum(v[0], &[0])?])).forward_only(),
+        Case::new("sum_all", vec![floats(&[11, 3, 2], 11)], |g, v| {
+            Ok(vec![g.sum_all(v[0])?])
+        }),
+        Case::new("mean_all", vec![floats(&[13], 12)], |g, v| {
+            Ok(vec![g.mean_all(v[0])?])
+        }),
+        Case::new("sum_inner", vec![floats(&[7, 133], 13)], |g, v| {
+            Ok(vec![g.sum(v[0], &[1])?])
+        }),
+        Case::new("sum_outer", vec![floats(&[70, 5], 14)], |g, v| {
+            Ok(vec![g.sum(v[0], &[0])?])
+        }),
+        Case::new(
+            "sum_first_and_last",
+            vec![floats(&[4, 3, 5], 15)],
+            |g, v| Ok(vec![g.sum(v[0], &[0, 2])?]),
+        ),
+        Case::new("sum_two_passes", vec![floats(&[9001, 2], 16)], |g, v| {
+            Ok(vec![g.sum(v[0], &[0])?])
+        })
+        .forward_only(),
     ];
     let shapes: [(&[usize], &[usize]); 6] = [
         (&[3, 4], &[3, 4]),
@@ -41,10 +74,18 @@ pub fn cases() -> Vec<Case> {
     ];
     for (a, b) in shapes {
         let inputs = || vec![floats(a, 20), floats_in(b, 21, 0.5, 2.0)];
-        cases.push(Case::new(format!("add_{a:?}_{b:?}"), inputs(), |g, v| Ok(vec![g.add(v[0], v[1])?])));
-        cases.push(Case::new(format!("sub_{a:?}_{b:?}"), inputs(), |g, v| Ok(vec![g.sub(v[0], v[1])?])));
-        cases.push(Case::new(format!("mul_{a:?}_{b:?}"), inputs(), |g, v| Ok(vec![g.mul(v[0], v[1])?])));
-        cases.push(Case::new(format!("div_{a:?}_{b:?}"), inputs(), |g, v| Ok(vec![g.div(v[0], v[1])?])));
+        cases.push(Case::new(format!("add_{a:?}_{b:?}"), inputs(), |g, v| {
+            Ok(vec![g.add(v[0], v[1])?])
+        }));
+        cases.push(Case::new(format!("sub_{a:?}_{b:?}"), inputs(), |g, v| {
+            Ok(vec![g.sub(v[0], v[1])?])
+        }));
+        cases.push(Case::new(format!("mul_{a:?}_{b:?}"), inputs(), |g, v| {
+            Ok(vec![g.mul(v[0], v[1])?])
+        }));
+        cases.push(Case::new(format!("div_{a:?}_{b:?}"), inputs(), |g, v| {
+            Ok(vec![g.div(v[0], v[1])?])
+        }));
     }
     cases
 }

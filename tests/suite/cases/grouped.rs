@@ -1,6 +1,6 @@
 //! Routing, sorting, and the grouped products.
 
-use rankmix::ops::{Layout, Routed, Segments};
+use rankmix::ops::{Layout, Routed};
 use rankmix::{Graph, Result, Tensor, Value};
 
 use crate::case::{Case, floats, floats_in, ints};
@@ -28,7 +28,9 @@ fn choose(popularity: Popularity, tokens: usize, top_k: usize, experts: usize) -
         let score = |expert: usize| -> f64 {
             let noise = noise[token * experts + expert];
             match popularity {
-                Popularity::Distinct => -(((expert + experts - token * top_k % experts) % experts) as f64),
+                Popularity::Distinct => {
+                    -(((expert + experts - token * top_k % experts) % experts) as f64)
+                }
                 Popularity::Uniform => noise,
                 Popularity::Zipf => noise / ((expert + 1) as f64).powf(1.5),
                 Popularity::Identical => -(expert as f64),
@@ -52,34 +54,71 @@ fn choose(popularity: Popularity, tokens: usize, top_k: usize, experts: usize) -
 
 /// inputs: experts, gates
 fn routed(graph: &mut Graph, experts: Value, gates: Value, count: usize) -> Result<Routed> {
-    Ok(Routed { experts, gates, pairs: graph.sort_by_key(experts, count)? })
+    Ok(Routed {
+        gates,
+        segments: graph.segments(experts, count)?,
+    })
 }
 
-fn grouped(tokens: usize, top_k: usize, experts: usize, out: usize, input: usize, popularity: Popularity) -> Vec<Case> {
+fn grouped(
+    tokens: usize,
+    top_k: usize,
+    experts: usize,
+    out: usize,
+    input: usize,
+    popularity: Popularity,
+) -> Vec<Case> {
     let mut cases = Vec::new();
     for layout in [Layout::OutIn, Layout::InOut] {
-        let weight = if layout == Layout::OutIn { [experts, out, input] } else { [experts, input, out] };
+        let weight = if layout == Layout::OutIn {
+            [experts, out, input]
+        } else {
+            [experts, input, out]
+        };
         let chosen = choose(popularity, tokens, top_k, experts);
         let name = format!("{layout:?}_{tokens}_{top_k}_{experts}_{out}_{input}_{popularity:?}");
         let gates = floats_in(&[tokens, top_k], 40, 0.1, 1.0);
-        let inputs = vec![chosen.clone(), floats(&[tokens, input], 41), floats(&weight, 42)];
+        let inputs = vec![
+            chosen.clone(),
+            floats(&[tokens, input], 41),
+            floats(&weight, 42),
+        ];
         cases.push(Case::new(format!("shrink_{name}"), inputs, move |g, v| {
-            let pairs = g.sort_by_key(v[0], experts)?;
-            let segments = Segments { experts: v[0], order: pairs.order, offsets: pairs.offsets };
+            let segments = g.segments(v[0], experts)?;
             Ok(vec![g.shrink(v[1], v[2], layout, segments)?])
         }));
         let pairs = tokens * top_k;
-        let inputs = vec![chosen.clone(), floats(&[pairs, input], 43), floats(&weight, 44)];
-        cases.push(Case::new(format!("shrink_pairs_{name}"), inputs, move |g, v| {
-            let pairs = g.sort_by_key(v[0], experts)?;
-            let segments = Segments { experts: v[0], order: pairs.order, offsets: pairs.offsets };
-            Ok(vec![g.shrink(v[1], v[2], layout, segments)?])
-        }));
-        let inputs = vec![chosen, gates, floats(&[pairs, input], 45), floats(&weight, 46), floats(&[tokens, out], 47)];
+        let inputs = vec![
+            chosen.clone(),
+            floats(&[pairs, input], 43),
+            floats(&weight, 44),
+        ];
+        cases.push(Case::new(
+            format!("shrink_pairs_{name}"),
+            inputs,
+            move |g, v| {
+                let segments = g.segments(v[0], experts)?;
+                Ok(vec![g.shrink(v[1], v[2], layout, segments)?])
+            },
+        ));
+        let inputs = vec![
+            chosen,
+            gates,
+            floats(&[pairs, input], 45),
+            floats(&weight, 46),
+            floats(&[tokens, out], 47),
+        ];
         cases.push(Case::new(format!("expand_{name}"), inputs, move |g, v| {
             let routed = routed(g, v[0], v[1], experts)?;
             let base = g.square(v[4])?;
-            Ok(vec![g.expand(v[2], v[3], layout, routed, 1.75, Some(base))?])
+            Ok(vec![g.expand(
+                v[2],
+                v[3],
+                layout,
+                routed,
+                1.75,
+                Some(base),
+            )?])
         }));
     }
     cases
@@ -87,27 +126,62 @@ fn grouped(tokens: usize, top_k: usize, experts: usize, out: usize, input: usize
 
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for popularity in
-        [Popularity::Distinct, Popularity::Uniform, Popularity::Zipf, Popularity::Identical, Popularity::Skewed]
-    {
+    for popularity in [
+        Popularity::Distinct,
+        Popularity::Uniform,
+        Popularity::Zipf,
+        Popularity::Identical,
+        Popularity::Skewed,
+    ] {
         cases.extend(grouped(5, 2, 4, 3, 6, popularity));
-        cases.extend(grouped(133, 3, 7, 20, 36, popularity).into_iter().map(Case::forward_only));
-    }
-    for (tokens, top_k, experts, out, input) in [(1, 1, 1, 1, 1), (1, 2, 2, 5, 4), (2, 3, 3, 4, 7), (3, 1, 5, 2, 8)] {
-        cases.extend(grouped(tokens, top_k, experts, out, input, Popularity::Uniform));
-    }
-    for (tokens, top_k, experts, out, input) in [(7, 8, 64, 65, 33), (70, 1, 3, 128, 16), (33, 2, 300, 16, 128)] {
         cases.extend(
-            grouped(tokens, top_k, experts, out, input, Popularity::Uniform).into_iter().map(Case::forward_only),
+            grouped(133, 3, 7, 20, 36, popularity)
+                .into_iter()
+                .map(Case::forward_only),
+        );
+    }
+    for (tokens, top_k, experts, out, input) in [
+        (1, 1, 1, 1, 1),
+        (1, 2, 2, 5, 4),
+        (2, 3, 3, 4, 7),
+        (3, 1, 5, 2, 8),
+    ] {
+        cases.extend(grouped(
+            tokens,
+            top_k,
+            experts,
+            out,
+            input,
+            Popularity::Uniform,
+        ));
+    }
+    for (tokens, top_k, experts, out, input) in [
+        (7, 8, 64, 65, 33),
+        (70, 1, 3, 128, 16),
+        (33, 2, 300, 16, 128),
+    ] {
+        cases.extend(
+            grouped(tokens, top_k, experts, out, input, Popularity::Uniform)
+                .into_iter()
+                .map(Case::forward_only),
         );
     }
     for renormalize in [true, false] {
         for (tokens, experts, top_k) in [(1, 1, 1), (3, 5, 2), (4, 3, 3), (2, 6, 1)] {
             let name = format!("route_{renormalize}_{tokens}_{experts}_{top_k}");
-            cases.push(Case::new(name, vec![floats_in(&[tokens, experts], 50, -3.0, 3.0)], move |g, v| {
-                let routed = g.route(v[0], top_k, renormalize)?;
-                Ok(vec![routed.gates, routed.experts, routed.pairs.order, routed.pairs.offsets])
-            }));
+            cases.push(Case::new(
+                name,
+                vec![floats_in(&[tokens, experts], 50, -3.0, 3.0)],
+                move |g, v| {
+                    let routed = g.route(v[0], top_k, renormalize)?;
+                    Ok(vec![
+                        routed.gates,
+                        routed.experts(),
+                        routed.segments.order(),
+                        routed.segments.offsets(),
+                    ])
+                },
+            ));
         }
         for (tokens, experts, top_k) in [(133, 64, 8), (70, 7, 7), (200, 300, 3)] {
             let name = format!("route_{renormalize}_{tokens}_{experts}_{top_k}");
@@ -119,27 +193,49 @@ pub fn cases() -> Vec<Case> {
                     let weighted = g.mul(routed.gates, v[1])?;
                     let sum = g.sum_all(weighted)?;
                     let gradient = g.gradients(sum, &[v[0]])?;
-                    Ok(vec![routed.gates, routed.experts, routed.pairs.order, routed.pairs.offsets, gradient[0]])
+                    Ok(vec![
+                        routed.gates,
+                        routed.experts(),
+                        routed.segments.order(),
+                        routed.segments.offsets(),
+                        gradient[0],
+                    ])
                 })
                 .forward_only(),
             );
         }
     }
     // Equal logits: the lower expert first.
-    let ties = Tensor::f64([2, 5], vec![1.0, 2.0, 2.0, 1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]).expect("10 elements");
+    let ties = Tensor::f64(
+        [2, 5],
+        vec![1.0, 2.0, 2.0, 1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    )
+    .expect("10 elements");
     cases.push(
         Case::new("route_ties", vec![ties], |g, v| {
             let routed = g.route(v[0], 4, true)?;
-            Ok(vec![routed.gates, routed.experts])
+            Ok(vec![routed.gates, routed.experts()])
         })
         .forward_only(),
     );
-    for (count, limit) in [(1, 1), (5, 3), (1000, 256), (777, 257), (3000, 70_000), (20_000, 9), (500, 20_000_000)] {
+    for (count, limit) in [
+        (1, 1),
+        (5, 3),
+        (1000, 256),
+        (777, 257),
+        (3000, 70_000),
+        (20_000, 9),
+        (500, 20_000_000),
+    ] {
         cases.push(
-            Case::new(format!("sort_{count}_{limit}"), vec![ints(&[count], 53, limit as u32)], move |g, v| {
-                let sorted = g.sort_by_key(v[0], limit)?;
-                Ok(vec![sorted.order, sorted.offsets])
-            })
+            Case::new(
+                format!("sort_{count}_{limit}"),
+                vec![ints(&[count], 53, limit as u32)],
+                move |g, v| {
+                    let sorted = g.sort_by_key(v[0], limit)?;
+                    Ok(vec![sorted.order, sorted.offsets])
+                },
+            )
             .forward_only(),
         );
     }

@@ -10,8 +10,14 @@ use crate::case::Case;
 
 /// Every case there is.
 pub fn all() -> Vec<Case> {
-    [arithmetic::cases(), products::cases(), grouped::cases(), model_parts::cases(), rotation::cases()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        arithmetic::cases(),
+        products::cases(),
+        grouped::cases(),
+        model_parts::cases(),
+        rotation::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

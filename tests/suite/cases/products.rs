@@ -6,35 +6,64 @@ use crate::case::{Case, floats};
 
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    let sizes = [(1, 1, 1), (3, 5, 2), (8, 8, 8), (9, 12, 7), (16, 4, 20), (2, 70, 3)];
+    let sizes = [
+        (1, 1, 1),
+        (3, 5, 2),
+        (8, 8, 8),
+        (9, 12, 7),
+        (16, 4, 20),
+        (2, 70, 3),
+    ];
     for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
-        let options = MatMul { transpose_a, transpose_b, alpha: 0.75 };
-        let dims = |m: usize, n: usize, k: usize| {
-            (if transpose_a { [k, m] } else { [m, k] }, if transpose_b { [n, k] } else { [k, n] })
+        let options = MatMul {
+            transpose_a,
+            transpose_b,
+            alpha: 0.75,
         };
-        let name = format!("matmul_{}{}", if transpose_a { "t" } else { "n" }, if transpose_b { "t" } else { "n" });
+        let dims = |m: usize, n: usize, k: usize| {
+            (
+                if transpose_a { [k, m] } else { [m, k] },
+                if transpose_b { [n, k] } else { [k, n] },
+            )
+        };
+        let name = format!(
+            "matmul_{}{}",
+            if transpose_a { "t" } else { "n" },
+            if transpose_b { "t" } else { "n" }
+        );
         for (m, n, k) in sizes {
             let (a, b) = dims(m, n, k);
             let inputs = vec![floats(&a, 30), floats(&b, 31), floats(&[m, n], 32)];
-            cases.push(Case::new(format!("{name}_into_{m}_{n}_{k}"), inputs, move |g, v| {
-                let base = g.square(v[2])?;
-                Ok(vec![g.matmul_with(v[0], v[1], options, Some(base))?])
-            }));
+            cases.push(Case::new(
+                format!("{name}_into_{m}_{n}_{k}"),
+                inputs,
+                move |g, v| {
+                    let base = g.square(v[2])?;
+                    Ok(vec![g.matmul_with(v[0], v[1], options, Some(base))?])
+                },
+            ));
         }
         for (m, n, k) in [(133, 70, 65), (128, 72, 260), (1, 300, 33), (257, 4, 64)] {
             let (a, b) = dims(m, n, k);
             let inputs = vec![floats(&a, 33), floats(&b, 34)];
-            let build =
-                move |g: &mut rankmix::Graph, v: &[rankmix::Value]| Ok(vec![g.matmul_with(v[0], v[1], options, None)?]);
+            let build = move |g: &mut rankmix::Graph, v: &[rankmix::Value]| {
+                Ok(vec![g.matmul_with(v[0], v[1], options, None)?])
+            };
             cases.push(Case::new(format!("{name}_{m}_{n}_{k}"), inputs, build).forward_only());
         }
         let (a, b) = dims(3, 4, 5);
         let (a3, b3) = ([2, a[0], a[1]], [2, b[0], b[1]]);
-        for (label, a, b) in [("both", &a3[..], &b3[..]), ("left", &a3[..], &b[..]), ("right", &a[..], &b3[..])] {
+        for (label, a, b) in [
+            ("both", &a3[..], &b3[..]),
+            ("left", &a3[..], &b[..]),
+            ("right", &a[..], &b3[..]),
+        ] {
             let inputs = vec![floats(a, 35), floats(b, 36)];
-            cases.push(Case::new(format!("{name}_batched_{label}"), inputs, move |g, v| {
-                Ok(vec![g.matmul_with(v[0], v[1], options, None)?])
-            }));
+            cases.push(Case::new(
+                format!("{name}_batched_{label}"),
+                inputs,
+                move |g, v| Ok(vec![g.matmul_with(v[0], v[1], options, None)?]),
+            ));
         }
     }
     cases

@@ -6,17 +6,29 @@ use rankmix::ops::Rotation;
 use crate::case::{Case, floats, floats_in};
 
 fn case(rotation: Rotation, rows: usize, rank: usize, spread: f64) -> Case {
-    let numbers = rotation.numbers(rank).expect("the ranks below suit the rotations");
-    let inputs = vec![floats(&[rows, rank], 70), floats_in(&[rows, numbers], 71, -spread, spread)];
+    let numbers = rotation
+        .numbers(rank)
+        .expect("the ranks below suit the rotations");
+    let inputs = vec![
+        floats(&[rows, rank], 70),
+        floats_in(&[rows, numbers], 71, -spread, spread),
+    ];
     let name = format!("rotate_{rotation}_{rows}_{rank}_{spread}");
-    Case::new(name, inputs, move |g, v| Ok(vec![g.rotate(rotation, v[0], v[1])?]))
+    Case::new(name, inputs, move |g, v| {
+        Ok(vec![g.rotate(rotation, v[0], v[1])?])
+    })
 }
 
 /// Both directions, for sizes at which central differences would take too long.
 fn large(rotation: Rotation, rows: usize, rank: usize, spread: f64) -> Case {
-    let numbers = rotation.numbers(rank).expect("the ranks below suit the rotations");
-    let inputs =
-        vec![floats(&[rows, rank], 72), floats_in(&[rows, numbers], 73, -spread, spread), floats(&[rows, rank], 74)];
+    let numbers = rotation
+        .numbers(rank)
+        .expect("the ranks below suit the rotations");
+    let inputs = vec![
+        floats(&[rows, rank], 72),
+        floats_in(&[rows, numbers], 73, -spread, spread),
+        floats(&[rows, rank], 74),
+    ];
     let name = format!("rotate_{rotation}_{rows}_{rank}_{spread}_both_ways");
     let build = move |g: &mut rankmix::Graph, v: &[rankmix::Value]| {
         let y = g.rotate(rotation, v[0], v[1])?;
@@ -49,10 +61,14 @@ pub fn cases() -> Vec<Case> {
     let angles: Vec<f64> = (0..64).map(|i| f64::from(i * i * 2 - 4000) + 0.5).collect();
     let far = Tensor::f64([8, 8], angles).expect("64 angles");
     cases.push(
-        Case::new("rotate_planes_far_angles", vec![floats(&[8, 16], 75), far], |g, v| {
-            let y = g.rotate(Rotation::Planes, v[0], v[1])?;
-            Ok(vec![y])
-        })
+        Case::new(
+            "rotate_planes_far_angles",
+            vec![floats(&[8, 16], 75), far],
+            |g, v| {
+                let y = g.rotate(Rotation::Planes, v[0], v[1])?;
+                Ok(vec![y])
+            },
+        )
         .forward_only(),
     );
     cases
