@@ -60,19 +60,24 @@ impl CrossEntropy {
         let (logits, labels) = (io.floats(0)?, io.ints(1)?);
         let classes = logits.len() / labels.len();
         let (loss, lse, valid) = (io.floats_out(0)?, io.floats_out(1)?, io.floats_out(2)?);
-        lse.par_iter_mut()
-            .zip(logits.par_chunks_exact(classes))
-            .for_each(|(lse, row)| {
+        // The difference to the maximum first: a small loss is not rounded as the large logits are. Collected before they are
+        // added up, so that the order of the additions does not depend on the threads.
+        let rows = logits
+            .par_chunks_exact(classes)
+            .zip(labels)
+            .zip(lse.par_iter_mut());
+        let losses: Vec<Option<R>> = rows
+            .map(|((row, &label), lse)| {
                 let (max, sum) = max_and_sum(row);
                 *lse = max + sum.ln();
-            });
-        let rows = logits.chunks_exact(classes).zip(labels).zip(&*lse);
-        let losses = rows
-            .filter(|((_, label), _)| **label != IGNORED_LABEL)
-            .map(|((row, &label), &lse)| lse - row[class_of(label, classes)]);
-        let (total, count) = losses.fold((R::zero(), R::zero()), |(total, count), loss| {
-            (total + loss, count + R::one())
-        });
+                (label != IGNORED_LABEL).then(|| (max - row[class_of(label, classes)]) + sum.ln())
+            })
+            .collect();
+        let sum = |(total, count): (R, R), loss: R| (total + loss, count + R::one());
+        let (total, count) = losses
+            .into_iter()
+            .flatten()
+            .fold((R::zero(), R::zero()), sum);
         loss[0] = total / count.max(R::one());
         valid[0] = count;
         Ok(())

@@ -8,6 +8,7 @@ mod golden;
 mod gradients;
 mod host;
 mod layers;
+mod losses;
 mod metrics;
 mod mistakes;
 mod parity;
@@ -25,6 +26,7 @@ fn main() {
         golden::trials(),
         host::trials(),
         layers::trials(),
+        losses::trials(),
         mistakes::trials(),
         rotation_facts::trials(),
         shaders::trials(),
