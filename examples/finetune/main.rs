@@ -13,6 +13,7 @@ mod training;
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -177,14 +178,13 @@ fn draw(
     Ok(())
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let options = Options::parse();
+fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let folder = options
         .text
         .clone()
         .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/data"));
     let languages = text::read(&folder)?;
-    let adapters = adapters(&options)?;
+    let adapters = adapters(options)?;
     let Some(base_language) = languages
         .iter()
         .find(|language| language.name == options.base)
@@ -243,4 +243,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     table::print(&languages, &rows, options.seeds);
     println!();
     draw(&options.out, &languages, &compared)
+}
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("finetune: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
