@@ -117,7 +117,7 @@ impl HostExecutor {
     fn run_as<R: Real>(&mut self, plan: &Plan, compiled: &Compiled) -> Result<()> {
         // Parameters are lent by the store for the run, and given back whatever happens.
         let mut guards: Vec<_> = {
-            // Locked in the order of their numbers, so that two sessions never wait for each other.
+            // Locked in the order of their addresses, so that two sessions never wait for each other.
             let mut lent: Vec<_> = self.parameters.iter().collect();
             lent.sort_by_key(|(_, storage)| Arc::as_ptr(storage) as usize);
             lent.into_iter()
@@ -155,11 +155,13 @@ fn run_steps<R: Real>(
             continue;
         }
         for &(bytes, from, to) in &step.copies {
-            let words = bytes.div_ceil(8) as usize;
             let Some(mut target) = memory.remove(&to) else {
                 continue;
             };
-            target[..words].copy_from_slice(&memory[&from][..words]);
+            // Sizes are rounded up to what GPU buffers are multiples of; host buffers may end before.
+            let source = &memory[&from];
+            let words = (bytes.div_ceil(8) as usize).min(source.len());
+            target[..words].copy_from_slice(&source[..words]);
             memory.insert(to, target);
         }
         let mut taken: Vec<(Place, HostBuffer)> = step

@@ -56,7 +56,8 @@ impl Kind for Cayley {
     fn rotate<R: Real>(z: &[R], generator: &[R], y: &mut [R]) {
         let w = solve(generator, z, R::one());
         for ((y, &w), &z) in y.iter_mut().zip(&w).zip(z) {
-            *y = w + w - z;
+            // 2 w - z would lose the sign of a zero.
+            *y = if w == z { z } else { w + w - z };
         }
     }
 

@@ -30,8 +30,11 @@ impl Kind for Givens {
     fn rotate<R: Real>(z: &[R], generator: &[R], y: &mut [R]) {
         y.copy_from_slice(z);
         for ((a, b), &angle) in pairs(z.len()).zip(generator) {
-            let (sin, cos) = angle.sin_cos();
-            (y[a], y[b]) = (cos * y[a] - sin * y[b], sin * y[a] + cos * y[b]);
+            // 1 z - 0 z' would lose the sign of a zero.
+            if angle != R::zero() {
+                let (sin, cos) = angle.sin_cos();
+                (y[a], y[b]) = (cos * y[a] - sin * y[b], sin * y[a] + cos * y[b]);
+            }
         }
     }
 

@@ -17,6 +17,11 @@ impl Kind for Planes {
 
     fn rotate<R: Real>(z: &[R], generator: &[R], y: &mut [R]) {
         for ((y, z), &angle) in y.chunks_mut(2).zip(z.chunks(2)).zip(generator) {
+            if angle == R::zero() {
+                // 1 z - 0 z' would lose the sign of a zero.
+                y.copy_from_slice(z);
+                continue;
+            }
             let (sin, cos) = angle.sin_cos();
             y[0] = cos * z[0] - sin * z[1];
             y[1] = sin * z[0] + cos * z[1];

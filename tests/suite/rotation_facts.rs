@@ -43,15 +43,24 @@ fn lengths_are_kept(
 }
 
 fn zero_is_the_identity(device: &Device, rotation: Rotation, rank: usize) -> Result<(), Failed> {
-    let z = Tensor::f32([5, rank], floats(&[5, rank], 202).to_f32())?;
-    let generator = Tensor::f32(
-        [5, rotation.numbers(rank)?],
-        vec![0.0; 5 * rotation.numbers(rank)?],
+    let mut z = floats(&[5, rank], 202).to_f32();
+    // Zeros of both signs, beside numbers of both signs.
+    for (at, zero) in [(0, -0.0), (3, 0.0), (rank + 1, -0.0), (2 * rank, 0.0)] {
+        z[at] = zero;
+    }
+    let numbers = rotation.numbers(rank)?;
+    let generator = Tensor::f32([5, numbers], vec![0.0; 5 * numbers])?;
+    let y = rotate(
+        device,
+        rotation,
+        &Tensor::f32([5, rank], z.clone())?,
+        &generator,
     )?;
-    if rotate(device, rotation, &z, &generator)? == z {
+    let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    if bits(&y.to_f32()) == bits(&z) {
         Ok(())
     } else {
-        Err("a generator of 0 changed something".into())
+        Err(format!("a generator of 0 made {y:?} of {z:?}").into())
     }
 }
 

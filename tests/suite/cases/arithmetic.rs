@@ -38,6 +38,16 @@ pub fn cases() -> Vec<Case> {
                 Ok(vec![sum, g.scale(first, 3.0)?])
             },
         ),
+        Case::new(
+            "accumulate_onto_a_constant",
+            vec![floats(&[5], 22)],
+            |g, v| {
+                // The planner must copy what it may not write over.
+                let base = g.constant(floats(&[5], 23))?;
+                let sum = g.accumulate(base, v[0])?;
+                Ok(vec![sum, g.mul(base, v[0])?])
+            },
+        ),
         Case::new("accumulate_itself", vec![floats(&[6], 10)], |g, v| {
             let square = g.square(v[0])?;
             Ok(vec![g.accumulate(square, square)?])
