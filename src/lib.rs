@@ -71,3 +71,8 @@ pub use graph::{Graph, Init, ParameterStore, Session, Value};
 pub use ops::{HostIo, Op, Real};
 pub use tensor::{DType, Shape, Tensor, TensorData, TensorType};
 pub use wgpu;
+
+/// The README's example, compiled and run with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
