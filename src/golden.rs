@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::formats::TensorFile;
+use crate::formats::{TensorFile, read_bytes};
 use crate::graph::{Graph, ParameterStore, Value};
 use crate::layers::{
     AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, RoutedOutput, RouterOptions,
@@ -107,10 +107,7 @@ impl GoldenCase {
     /// [`Error::File`] or [`Error::Format`] if it cannot be read or is not a golden case of a known layer.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|source| Error::File {
-            path: path.to_owned(),
-            source,
-        })?;
+        let bytes = read_bytes(path)?;
         Self::parse(&bytes, path)
     }
 

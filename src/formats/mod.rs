@@ -3,3 +3,4 @@
 mod safetensors;
 
 pub use self::safetensors::TensorFile;
+pub(crate) use self::safetensors::read_bytes;

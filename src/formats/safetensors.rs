@@ -13,6 +13,14 @@ use crate::error::{Error, Result};
 use crate::graph::ParameterStore;
 use crate::tensor::{Tensor, TensorData};
 
+/// A whole file's contents.
+pub(crate) fn read_bytes(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(|source| Error::File {
+        path: path.to_owned(),
+        source,
+    })
+}
+
 /// Named tensors and metadata, as in one safetensors file.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TensorFile {
@@ -29,10 +37,7 @@ impl TensorFile {
     /// [`Error::File`] if it cannot be read, [`Error::Format`] if it is damaged or holds elements of another type.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = fs::read(path).map_err(|source| Error::File {
-            path: path.to_owned(),
-            source,
-        })?;
+        let bytes = read_bytes(path)?;
         Self::parse(&bytes, path)
     }
 

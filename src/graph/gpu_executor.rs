@@ -280,7 +280,7 @@ fn resolve(gpu: &Gpu, plan: &Plan, compiled: &Compiled) -> Result<Resolved> {
     let mut checked_values = Vec::new();
     for step in &plan.steps {
         let node = &compiled.nodes[step.node];
-        for &(from, to) in &step.copied_values {
+        for &(from, to) in &step.copies {
             let words = compiled.types[from as usize].bytes().div_ceil(16);
             let launch = Launch::new(shader!("copy"), "forward")
                 .read(1, Slot::Input(0))

@@ -154,14 +154,17 @@ fn run_steps<R: Real>(
         if node.is_view {
             continue;
         }
-        for &(bytes, from, to) in &step.copies {
+        for &(value, copy) in &step.copies {
+            let places = (plan.places[value as usize], plan.places[copy as usize]);
+            let (Some(from), Some(to)) = places else {
+                continue;
+            };
             let Some(mut target) = memory.remove(&to) else {
                 continue;
             };
-            // Sizes are rounded up to what GPU buffers are multiples of; host buffers may end before.
-            let source = &memory[&from];
-            let words = (bytes.div_ceil(8) as usize).min(source.len());
-            target[..words].copy_from_slice(&source[..words]);
+            let bytes = compiled.types[value as usize].elements() * size_of::<R>();
+            let words = bytes.div_ceil(8);
+            target[..words].copy_from_slice(&memory[&from][..words]);
             memory.insert(to, target);
         }
         let mut taken: Vec<(Place, HostBuffer)> = step

@@ -3,6 +3,8 @@
 //! Values that are never alive together share a buffer. Buffers are whole: a binding never starts inside one, because wgpu refuses
 //! a buffer that one dispatch reads and writes, even at disjoint ranges.
 
+use std::collections::BTreeSet;
+
 use crate::device::{BUFFER_ALIGNMENT, Capabilities, Launch, Launches};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Source, Value};
@@ -10,7 +12,7 @@ use crate::ops::{AliasKind, LaunchTypes};
 use crate::tensor::{DType, TensorType};
 
 /// Where a value lives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Place {
     /// A buffer of the session that values share.
     Pool(usize),
@@ -26,10 +28,8 @@ pub(crate) enum Place {
 #[derive(Clone, Debug)]
 pub(crate) struct Step {
     pub(crate) node: usize,
-    /// Copies to make before: bytes, from where, to where. The value copied stays as it is.
-    pub(crate) copies: Vec<(u64, Place, Place)>,
-    /// The same copies, as values.
-    pub(crate) copied_values: Vec<(u32, u32)>,
+    /// Copies to make before, as values: from, to. The value copied stays as it is.
+    pub(crate) copies: Vec<(u32, u32)>,
     pub(crate) inputs: Vec<Place>,
     pub(crate) outputs: Vec<Place>,
     pub(crate) launches: Launches,
@@ -204,25 +204,21 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
     }
 
     let (pool, pool_of_block) = assign(&blocks);
-    let mut places = vec![None; graph.values.len()];
-    for (index, info) in graph.values.iter().enumerate() {
-        let value = Value {
-            graph: graph.id,
-            index: index as u32,
-        };
-        let class = classes.find(value);
-        places[index] = match classes.fixed[class] {
-            Some(place) => Some(place),
-            None => match info.source {
-                Source::Input(_) => Some(Place::Input(index as u32)),
-                Source::Constant(_) => Some(Place::Constant(index as u32)),
-                Source::Parameter(parameter) => Some(Place::Parameter(parameter)),
-                Source::Node { .. } => {
-                    block_of_class[class].map(|block| Place::Pool(pool_of_block[block]))
-                }
-            },
-        };
-    }
+    let classes_of: Vec<usize> = (0..graph.values.len())
+        .map(|index| {
+            classes.find(Value {
+                graph: graph.id,
+                index: index as u32,
+            })
+        })
+        .collect();
+    let places: Vec<Option<Place>> = classes_of
+        .iter()
+        .map(|&class| {
+            let pooled = || block_of_class[class].map(|block| Place::Pool(pool_of_block[block]));
+            classes.fixed[class].or_else(pooled)
+        })
+        .collect();
     let place = |value: Value| {
         places[value.index as usize].ok_or_else(|| Error::NotKept {
             value: graph.describe(value),
@@ -232,14 +228,10 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
         let info = &graph.nodes[node];
         steps.push(Step {
             node,
-            copied_values: copies
+            copies: copies
                 .iter()
                 .map(|(from, to)| (from.index, to.index))
                 .collect(),
-            copies: copies
-                .into_iter()
-                .map(|(from, to)| Ok((target.bytes(graph.ty(from)?), place(from)?, place(to)?)))
-                .collect::<Result<_>>()?,
             inputs: info
                 .inputs
                 .iter()
@@ -257,7 +249,7 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
         });
     }
 
-    let mut used: Vec<Place> = steps
+    let used: BTreeSet<Place> = steps
         .iter()
         .flat_map(|step| step.inputs.iter().chain(&step.outputs))
         .copied()
@@ -268,23 +260,10 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
                 .filter_map(|value| places[value.index as usize]),
         )
         .collect();
-    used.sort_by_key(|place| match *place {
-        Place::Pool(index) | Place::Parameter(index) => index,
-        Place::Input(index) | Place::Constant(index) => index as usize,
-    });
-    used.dedup();
-    let classes = (0..graph.values.len())
-        .map(|index| {
-            classes.find(Value {
-                graph: graph.id,
-                index: index as u32,
-            })
-        })
-        .collect();
     let mut plan = Plan {
         steps,
         places,
-        classes,
+        classes: classes_of,
         pool,
         inputs: vec![],
         constants: vec![],
@@ -294,9 +273,9 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
     for place in used {
         match place {
             Place::Pool(_) => {}
-            Place::Input(index) => insert_once(&mut plan.inputs, index),
-            Place::Constant(index) => insert_once(&mut plan.constants, index),
-            Place::Parameter(index) => insert_once(&mut plan.parameters, index),
+            Place::Input(index) => plan.inputs.push(index),
+            Place::Constant(index) => plan.constants.push(index),
+            Place::Parameter(index) => plan.parameters.push(index),
         }
     }
     let value_bytes = |index: &u32| target.bytes(&graph.values[*index as usize].ty);
@@ -318,12 +297,6 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
         pool_values: blocks.len(),
     };
     Ok(plan)
-}
-
-fn insert_once<T: PartialEq>(list: &mut Vec<T>, item: T) {
-    if !list.contains(&item) {
-        list.push(item);
-    }
 }
 
 /// The nodes that an output or a parameter update depends on, in order.

@@ -6,7 +6,7 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host_gemm::{Matrix, gemm};
 use crate::ops::{
-    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, expect_dtype, expect_f32, shader,
+    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, expect_f32, shader,
 };
 use crate::tensor::{DType, TensorType};
 
@@ -177,19 +177,6 @@ impl MatMulOp {
         }
         Ok(())
     }
-
-    /// Sums a gradient over the batch if its operand has none.
-    fn unbatched(graph: &mut Graph, gradient: Value, operand: Value) -> Result<Value> {
-        let (rank, wanted) = (
-            graph.ty(gradient)?.shape.rank(),
-            graph.ty(operand)?.shape.rank(),
-        );
-        if rank > wanted {
-            graph.sum(gradient, &[0])
-        } else {
-            Ok(gradient)
-        }
-    }
 }
 
 impl Op for MatMulOp {
@@ -199,7 +186,7 @@ impl Op for MatMulOp {
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         let count = if self.accumulate { 3 } else { 2 };
-        crate::ops::expect_count(self.name(), inputs, count)?;
+        expect_count(self.name(), inputs, count)?;
         expect_dtype(self.name(), "the left operand", &inputs[0], DType::F32)?;
         expect_dtype(self.name(), "the right operand", &inputs[1], DType::F32)?;
         let Sizes {
@@ -260,7 +247,7 @@ impl Op for MatMulOp {
             };
             if batch_is_summed {
                 let gradient = context.graph.matmul_with(left, right, options, None)?;
-                let gradient = Self::unbatched(context.graph, gradient, operand)?;
+                let gradient = context.graph.sum(gradient, &[0])?;
                 context.add(input, gradient)?;
             } else {
                 context.accumulate(input, |graph, sum| {
