@@ -8,7 +8,7 @@ use serde::Deserialize;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::{TensorFile, read_bytes};
-use crate::graph::{Graph, ParameterStore, Value};
+use crate::graph::{Graph, ParameterStore, Precision, Storage, Value};
 use crate::layers::{
     AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, RoutedOutput, RouterOptions,
 };
@@ -19,6 +19,9 @@ use crate::tensor::{Tensor, TensorType};
 pub const NORM_TOLERANCE: f64 = 1e-5;
 /// The largest max|got - want| / max|want| that passes.
 pub const ELEMENT_TOLERANCE: f64 = 1e-4;
+
+/// The two tolerances where parameters or activations are stored in 16 bits.
+pub const HALF_TOLERANCES: (f64, f64) = (5e-3, 2e-2);
 
 /// The layer's name in a graph; parameter `param.X` of the file is `layer.X`.
 const LAYER: &str = "layer";
@@ -156,19 +159,34 @@ impl GoldenCase {
     /// # Errors
     /// What building, compiling and running a session return.
     pub fn replay(&self, device: &Device) -> Result<Replay> {
-        pollster::block_on(self.replay_with(device, true))
+        self.replay_stored(device, Precision::F32)
     }
 
-    /// [`GoldenCase::replay`] for an async caller.
+    /// [`GoldenCase::replay`] with parameters and activations stored as `precision` says; with 16 bits the tolerances are
+    /// [`HALF_TOLERANCES`].
     ///
     /// # Errors
     /// As [`GoldenCase::replay`].
-    pub async fn replay_async(&self, device: &Device) -> Result<Replay> {
-        self.replay_with(device, false).await
+    pub fn replay_stored(&self, device: &Device, precision: Precision) -> Result<Replay> {
+        pollster::block_on(self.replay_with(device, precision, true))
     }
 
-    async fn replay_with(&self, device: &Device, block: bool) -> Result<Replay> {
+    /// [`GoldenCase::replay_stored`] for an async caller.
+    ///
+    /// # Errors
+    /// As [`GoldenCase::replay`].
+    pub async fn replay_async(&self, device: &Device, precision: Precision) -> Result<Replay> {
+        self.replay_with(device, precision, false).await
+    }
+
+    async fn replay_with(
+        &self,
+        device: &Device,
+        precision: Precision,
+        block: bool,
+    ) -> Result<Replay> {
         let mut graph = Graph::new();
+        graph.set_precision(precision);
         let config = &self.config;
         let x = graph.input("x", TensorType::f32([config.tokens, config.d_in]))?;
         let (output, routed) = self.build(&mut graph, x)?;
@@ -196,7 +214,9 @@ impl GoldenCase {
         for (name, tensor) in &self.file.tensors {
             if let Some(parameter) = name.strip_prefix("param.") {
                 let full = format!("{LAYER}.{parameter}");
-                store.insert(&full, tensor)?;
+                let spec = graph.parameters().iter().find(|spec| spec.name == full);
+                let storage = spec.map_or(Storage::F32, |spec| spec.storage);
+                store.insert_as(&full, tensor, storage)?;
                 wanted.push((
                     format!("expect.grad.param.{parameter}"),
                     graph.named(&full)?,
@@ -219,7 +239,12 @@ impl GoldenCase {
         } else {
             session.run_reading_async(&values).await?
         };
-        self.compare(&expected, &results)
+        let tolerances = if precision == Precision::F32 {
+            (NORM_TOLERANCE, ELEMENT_TOLERANCE)
+        } else {
+            HALF_TOLERANCES
+        };
+        self.compare(&expected, &results, tolerances)
     }
 
     fn build(&self, graph: &mut Graph, x: Value) -> Result<(Value, Option<RoutedOutput>)> {
@@ -236,7 +261,12 @@ impl GoldenCase {
         Ok((routed.output, Some(routed)))
     }
 
-    fn compare(&self, expected: &[(String, Value)], results: &[Tensor]) -> Result<Replay> {
+    fn compare(
+        &self,
+        expected: &[(String, Value)],
+        results: &[Tensor],
+        (norm_tolerance, element_tolerance): (f64, f64),
+    ) -> Result<Replay> {
         let mut replay = Replay {
             output_error: 0.0,
             gradient_error: 0.0,
@@ -252,7 +282,7 @@ impl GoldenCase {
                 continue;
             }
             let (norm, element) = errors(got, want);
-            replay.ok &= norm <= NORM_TOLERANCE && element <= ELEMENT_TOLERANCE;
+            replay.ok &= norm <= norm_tolerance && element <= element_tolerance;
             if name == "expect.output" {
                 replay.output_error = norm;
             } else if norm > replay.gradient_error || replay.worst_gradient.is_empty() {

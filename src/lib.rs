@@ -67,7 +67,7 @@ pub mod train;
 
 pub use device::{Device, DeviceOptions};
 pub use error::{Error, Result};
-pub use graph::{Graph, Init, ParameterStore, Session, Value};
+pub use graph::{Graph, Init, ParameterStore, Precision, Session, Storage, Value};
 pub use ops::{HostIo, Op, Real};
 pub use tensor::{DType, Shape, Tensor, TensorData, TensorType};
 pub use wgpu;

@@ -4,7 +4,7 @@
 use crate::device::Capabilities;
 use crate::error::{Error, Result};
 
-/// A WGSL module: a name for messages and the source text. Two shaders of one name must have the same text.
+/// A WGSL module: a name for messages and the source text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Shader {
     /// The name, as in `shaders/NAME.wgsl`.

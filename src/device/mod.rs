@@ -4,6 +4,7 @@ mod adapter;
 mod capabilities;
 mod counters;
 mod gpu;
+mod half;
 mod launch;
 mod once;
 mod pipelines;
@@ -17,6 +18,7 @@ use adapter::Request;
 pub use capabilities::{AdapterClass, Capabilities};
 pub use counters::Counters;
 pub(crate) use gpu::{BUFFER_ALIGNMENT, Buffer, Gpu};
+pub(crate) use half::{Element, HalfForm, element_of, with_halves};
 pub use launch::{Access, Binding, Launch, Launches, Shader, Slot, Word};
 pub use profile::LaunchTiming;
 pub(crate) use recording::{Bound, Recording};
@@ -47,12 +49,12 @@ pub struct Device {
 #[derive(Clone, Debug)]
 pub(crate) enum Kind {
     Gpu(Arc<Gpu>),
-    Host { precision: Precision, checked: bool },
+    Host { float: HostFloat, checked: bool },
 }
 
 /// The float type that the CPU executor computes in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Precision {
+pub(crate) enum HostFloat {
     F32,
     F64,
 }
@@ -92,7 +94,7 @@ impl Device {
             }
             return Ok(Self {
                 kind: Kind::Host {
-                    precision: Precision::F32,
+                    float: HostFloat::F32,
                     checked: options.checked,
                 },
             });
@@ -109,7 +111,7 @@ impl Device {
     pub fn cpu() -> Self {
         Self {
             kind: Kind::Host {
-                precision: Precision::F32,
+                float: HostFloat::F32,
                 checked: false,
             },
         }
@@ -120,7 +122,7 @@ impl Device {
     pub fn reference() -> Self {
         Self {
             kind: Kind::Host {
-                precision: Precision::F64,
+                float: HostFloat::F64,
                 checked: false,
             },
         }
@@ -181,11 +183,11 @@ impl Device {
                 )
             }
             Kind::Host {
-                precision: Precision::F32,
+                float: HostFloat::F32,
                 ..
             } => "CPU executor (f32)".to_owned(),
             Kind::Host {
-                precision: Precision::F64,
+                float: HostFloat::F64,
                 ..
             } => "CPU reference (f64)".to_owned(),
         }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Source, Value};
+use crate::graph::{Graph, Source, Storage, Value};
 use crate::tensor::{DType, Tensor, TensorData, TensorType};
 
 /// The gradients of the trainable parameters, by parameter.
@@ -98,6 +98,12 @@ impl Backward<'_> {
                     self.graph.describe(of)
                 ),
             ));
+        }
+        // Gradients of parameters and of what is kept in f32 are kept in f32 too.
+        let given = &self.graph.values[of.index as usize];
+        let exact = given.storage == Storage::F32 || matches!(given.source, Source::Parameter(_));
+        if exact && self.graph.is_computed(sum) {
+            self.graph.values[sum.index as usize].storage = Storage::F32;
         }
         self.partial.insert(of, sum);
         Ok(())

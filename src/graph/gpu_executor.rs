@@ -3,10 +3,15 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
 use crate::device::{
     Bound, Buffer, CommandEncoder, Gpu, HostBuffer, Launch, LaunchTiming, Recording, Slot,
 };
 use crate::error::{Error, Result};
+use crate::graph::Storage;
+use crate::graph::halves::conversion;
 use crate::graph::plan::{Place, Plan};
 use crate::graph::session::Compiled;
 use crate::ops::shader;
@@ -58,22 +63,20 @@ impl GpuExecutor {
             memory.insert(Place::Pool(index), bound(buffer, bytes));
         }
         for &index in &plan.inputs {
-            let bytes = compiled.types[index as usize].bytes() as u64;
+            let bytes = compiled.bytes(index);
             let buffer = gpu.allocate(&compiled.descriptions[index as usize], bytes)?;
             memory.insert(Place::Input(index), bound(buffer, bytes));
         }
         for (index, tensor) in &compiled.constants {
-            let bytes = compiled.types[*index as usize].bytes() as u64;
+            let bytes = compiled.bytes(*index);
             let buffer = gpu.allocate("a constant", bytes)?;
             gpu.write(&buffer, &device_bytes(tensor));
             memory.insert(Place::Constant(*index), bound(buffer, bytes));
         }
         for &index in &plan.parameters {
-            let bytes = compiled.parameter_types[index].bytes() as u64;
-            memory.insert(
-                Place::Parameter(index),
-                bound(parameters[&index].clone(), bytes),
-            );
+            let buffer = parameters[&index].clone();
+            let bytes = buffer.raw().size();
+            memory.insert(Place::Parameter(index), bound(buffer, bytes));
         }
 
         let (launches, checked_values) = resolve(gpu, plan, compiled)?;
@@ -109,7 +112,7 @@ impl GpuExecutor {
             .iter()
             .map(|operand| match *operand {
                 Operand::Value(value) => {
-                    let bytes = compiled.types[value as usize].bytes() as u64;
+                    let bytes = compiled.bytes(value);
                     let class = plan.classes[value as usize];
                     let buffer = match (self.foreign.get(&class), plan.places[value as usize]) {
                         (Some(foreign), _) => foreign.buffer.clone(),
@@ -150,7 +153,7 @@ impl GpuExecutor {
         buffer: HostBuffer,
     ) -> Result<()> {
         let class = plan.classes[value as usize];
-        let bytes = compiled.types[value as usize].bytes() as u64;
+        let bytes = compiled.bytes(value);
         self.foreign.insert(
             class,
             Bound {
@@ -230,7 +233,7 @@ impl GpuExecutor {
         poll: bool,
     ) -> Result<Vec<Tensor>> {
         for &value in read {
-            let bytes = compiled.types[value as usize].bytes() as u64;
+            let bytes = compiled.bytes(value).next_multiple_of(4);
             let source = self
                 .bound(plan, compiled, &[Operand::Value(value)])
                 .remove(0);
@@ -248,12 +251,15 @@ impl GpuExecutor {
         self.gpu.submit("a run", encoder)?;
         let mut tensors = Vec::with_capacity(read.len());
         for &value in read {
-            let ty = &compiled.types[value as usize];
             let bytes = self
                 .gpu
-                .map(&self.staging[&value], ty.bytes() as u64, poll)
+                .map(&self.staging[&value], compiled.bytes(value), poll)
                 .await?;
-            tensors.push(tensor_of_bytes(&bytes, ty)?);
+            let (ty, storage) = (
+                &compiled.types[value as usize],
+                compiled.storages[value as usize],
+            );
+            tensors.push(tensor_of_bytes(&bytes, ty, storage)?);
         }
         Ok(tensors)
     }
@@ -281,12 +287,19 @@ fn resolve(gpu: &Gpu, plan: &Plan, compiled: &Compiled) -> Result<Resolved> {
     for step in &plan.steps {
         let node = &compiled.nodes[step.node];
         for &(from, to) in &step.copies {
-            let words = compiled.types[from as usize].bytes().div_ceil(16);
-            let launch = Launch::new(shader!("copy"), "forward")
-                .read(1, Slot::Input(0))
-                .write(2, Slot::Output(0))
-                .param(words)
-                .folded(words.div_ceil(WORKGROUP), capabilities)?;
+            let stored = |value: u32| compiled.storages[value as usize];
+            let launch = if stored(from) == stored(to) {
+                let words = compiled.bytes(from).div_ceil(16) as usize;
+                Launch::new(shader!("copy"), "forward")
+                    .read(1, Slot::Input(0))
+                    .write(2, Slot::Output(0))
+                    .param(words)
+                    .folded(words.div_ceil(WORKGROUP), capabilities)?
+            } else {
+                let elements = compiled.types[from as usize].elements();
+                let (source, target) = (Slot::Input(0), Slot::Output(0));
+                conversion(stored(from), elements, source, target, capabilities)?
+            };
             launches.push((launch, vec![Operand::Value(from), Operand::Value(to)]));
         }
         for launch in &step.launches.launches {
@@ -307,7 +320,11 @@ fn resolve(gpu: &Gpu, plan: &Plan, compiled: &Compiled) -> Result<Resolved> {
                 if ty.dtype == DType::I32 {
                     continue;
                 }
-                let launch = Launch::new(shader!("check_finite"), "forward")
+                let entry = match compiled.storages[value as usize] {
+                    Storage::F32 => "forward",
+                    Storage::F16 => "halves",
+                };
+                let launch = Launch::new(shader!("check_finite"), entry)
                     .read(1, Slot::Output(0))
                     .write(2, Slot::Scratch(0))
                     .param(ty.elements())
@@ -321,7 +338,7 @@ fn resolve(gpu: &Gpu, plan: &Plan, compiled: &Compiled) -> Result<Resolved> {
     Ok((launches, checked_values))
 }
 
-/// A host tensor's elements as kernels read them.
+/// A host tensor's elements as kernels read them, floats in 32 bits.
 fn device_bytes(tensor: &Tensor) -> Vec<u8> {
     match tensor.data() {
         TensorData::I32(data) => bytemuck::cast_slice(data).to_vec(),
@@ -330,9 +347,13 @@ fn device_bytes(tensor: &Tensor) -> Vec<u8> {
     }
 }
 
-fn tensor_of_bytes(bytes: &[u8], ty: &TensorType) -> Result<Tensor> {
-    let data = match ty.dtype {
-        DType::I32 => TensorData::I32(bytemuck::pod_collect_to_vec(bytes)),
+pub(crate) fn tensor_of_bytes(bytes: &[u8], ty: &TensorType, storage: Storage) -> Result<Tensor> {
+    let data = match (ty.dtype, storage) {
+        (DType::I32, _) => TensorData::I32(bytemuck::pod_collect_to_vec(bytes)),
+        (_, Storage::F16) => {
+            let halves: Vec<f16> = bytemuck::pod_collect_to_vec(bytes);
+            TensorData::F32(halves.to_f32_vec())
+        }
         _ => TensorData::F32(bytemuck::pod_collect_to_vec(bytes)),
     };
     Tensor::new(ty.shape.clone(), data)

@@ -3,8 +3,13 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::device::Precision;
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use half::vec::HalfFloatVecExt;
+
+use crate::device::HostFloat;
 use crate::error::{Error, Result};
+use crate::graph::Storage;
 use crate::graph::plan::{Place, Plan};
 use crate::graph::session::Compiled;
 use crate::ops::{HostBuffer, HostIo, Real};
@@ -13,27 +18,45 @@ use crate::tensor::{DType, Tensor, TensorData, TensorType};
 /// The memory of a session on the host.
 #[derive(Debug)]
 pub(crate) struct HostExecutor {
-    pub(crate) precision: Precision,
+    pub(crate) float: HostFloat,
     pub(crate) checked: bool,
     /// Inputs, constants and pool buffers.
     memory: HashMap<Place, HostBuffer>,
     parameters: HashMap<usize, Arc<Mutex<HostBuffer>>>,
 }
 
-/// A tensor's elements as a host buffer, floats in the given precision.
-pub(crate) fn host_words(tensor: &Tensor, precision: Precision) -> HostBuffer {
-    fn pack<T: bytemuck::Pod>(elements: &[T]) -> HostBuffer {
-        let bytes: &[u8] = bytemuck::cast_slice(elements);
-        let mut words = vec![0_u64; bytes.len().div_ceil(8)];
-        bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(bytes);
-        words
+/// How a value's floats lie in host memory: in halves only where the executor computes in 32 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Elements {
+    Halves,
+    Floats(HostFloat),
+}
+
+impl Elements {
+    fn new(float: HostFloat, storage: Storage) -> Self {
+        match (float, storage) {
+            (HostFloat::F32, Storage::F16) => Self::Halves,
+            _ => Self::Floats(float),
+        }
     }
-    match (tensor.data(), precision) {
+}
+
+fn pack<T: bytemuck::Pod>(elements: &[T]) -> HostBuffer {
+    let bytes: &[u8] = bytemuck::cast_slice(elements);
+    let mut words = vec![0_u64; bytes.len().div_ceil(8)];
+    bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(bytes);
+    words
+}
+
+/// A tensor's elements as a host buffer.
+pub(crate) fn host_words(tensor: &Tensor, float: HostFloat, storage: Storage) -> HostBuffer {
+    match (tensor.data(), Elements::new(float, storage)) {
         (TensorData::I32(data), _) => pack(data),
-        (TensorData::F32(data), Precision::F32) => pack(data),
-        (TensorData::F64(data), Precision::F64) => pack(data),
-        (_, Precision::F32) => pack(&tensor.to_f32()),
-        (_, Precision::F64) => pack(&tensor.to_f64()),
+        (TensorData::F32(data), Elements::Floats(HostFloat::F32)) => pack(data),
+        (TensorData::F64(data), Elements::Floats(HostFloat::F64)) => pack(data),
+        (_, Elements::Floats(HostFloat::F32)) => pack(&tensor.to_f32()),
+        (_, Elements::Floats(HostFloat::F64)) => pack(&tensor.to_f64()),
+        (_, Elements::Halves) => pack(&Vec::<f16>::from_f32_slice(&tensor.to_f32())),
     }
 }
 
@@ -41,23 +64,44 @@ pub(crate) fn host_words(tensor: &Tensor, precision: Precision) -> HostBuffer {
 pub(crate) fn tensor_of_words(
     words: &[u64],
     ty: &TensorType,
-    precision: Precision,
+    float: HostFloat,
+    storage: Storage,
 ) -> Result<Tensor> {
     fn unpack<T: bytemuck::Pod>(words: &[u64], count: usize) -> Vec<T> {
         bytemuck::cast_slice(words)[..count].to_vec()
     }
     let count = ty.elements();
-    let data = match (ty.dtype, precision) {
+    let data = match (ty.dtype, Elements::new(float, storage)) {
         (DType::I32, _) => TensorData::I32(unpack(words, count)),
-        (_, Precision::F32) => TensorData::F32(unpack(words, count)),
-        (_, Precision::F64) => TensorData::F64(unpack(words, count)),
+        (_, Elements::Floats(HostFloat::F32)) => TensorData::F32(unpack(words, count)),
+        (_, Elements::Floats(HostFloat::F64)) => TensorData::F64(unpack(words, count)),
+        (_, Elements::Halves) => TensorData::F32(halves(words, count).to_f32_vec()),
     };
     Tensor::new(ty.shape.clone(), data)
 }
 
+fn halves(words: &[u64], count: usize) -> &[f16] {
+    &bytemuck::cast_slice(words)[..count]
+}
+
+/// A value stored in halves, widened for an operation's reference.
+fn widened(words: &[u64], count: usize) -> HostBuffer {
+    let mut wide = vec![0_u64; count.div_ceil(2)];
+    let floats: &mut [f32] = bytemuck::cast_slice_mut(&mut wide);
+    halves(words, count).convert_to_f32_slice(&mut floats[..count]);
+    wide
+}
+
+/// The other way round.
+fn narrow(wide: &[u64], words: &mut [u64], count: usize) {
+    let floats: &[f32] = &bytemuck::cast_slice(wide)[..count];
+    let halves: &mut [f16] = &mut bytemuck::cast_slice_mut(words)[..count];
+    halves.convert_from_f32_slice(floats);
+}
+
 impl HostExecutor {
     pub(crate) fn new(
-        precision: Precision,
+        float: HostFloat,
         checked: bool,
         plan: &Plan,
         compiled: &Compiled,
@@ -72,10 +116,13 @@ impl HostExecutor {
             memory.insert(Place::Input(index), vec![0; bytes.div_ceil(8) as usize]);
         }
         for (index, tensor) in &compiled.constants {
-            memory.insert(Place::Constant(*index), host_words(tensor, precision));
+            memory.insert(
+                Place::Constant(*index),
+                host_words(tensor, float, Storage::F32),
+            );
         }
         Self {
-            precision,
+            float,
             checked,
             memory,
             parameters,
@@ -84,18 +131,18 @@ impl HostExecutor {
 
     pub(crate) fn write(&mut self, place: Place, tensor: &Tensor) {
         self.memory
-            .insert(place, host_words(tensor, self.precision));
+            .insert(place, host_words(tensor, self.float, Storage::F32));
     }
 
-    pub(crate) fn read(&self, place: Place, ty: &TensorType) -> Result<Tensor> {
+    pub(crate) fn read(&self, place: Place, ty: &TensorType, storage: Storage) -> Result<Tensor> {
         match place {
             Place::Parameter(index) => {
                 let words = self.parameters[&index]
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner);
-                tensor_of_words(&words, ty, self.precision)
+                tensor_of_words(&words, ty, self.float, storage)
             }
-            _ => tensor_of_words(&self.memory[&place], ty, self.precision),
+            _ => tensor_of_words(&self.memory[&place], ty, self.float, storage),
         }
     }
 
@@ -108,9 +155,9 @@ impl HostExecutor {
     }
 
     pub(crate) fn run(&mut self, plan: &Plan, compiled: &Compiled) -> Result<()> {
-        match self.precision {
-            Precision::F32 => self.run_as::<f32>(plan, compiled),
-            Precision::F64 => self.run_as::<f64>(plan, compiled),
+        match self.float {
+            HostFloat::F32 => self.run_as::<f32>(plan, compiled),
+            HostFloat::F64 => self.run_as::<f64>(plan, compiled),
         }
     }
 
@@ -154,6 +201,13 @@ fn run_steps<R: Real>(
         if node.is_view {
             continue;
         }
+        let elements = |value: u32| compiled.types[value as usize].elements();
+        // The reference in 64 bits stores everything in 64 bits.
+        let in_halves = |value: u32| {
+            size_of::<R>() == size_of::<f32>()
+                && compiled.types[value as usize].dtype == DType::F32
+                && compiled.storages[value as usize] == Storage::F16
+        };
         for &(value, copy) in &step.copies {
             let places = (plan.places[value as usize], plan.places[copy as usize]);
             let (Some(from), Some(to)) = places else {
@@ -162,9 +216,18 @@ fn run_steps<R: Real>(
             let Some(mut target) = memory.remove(&to) else {
                 continue;
             };
-            let bytes = compiled.types[value as usize].elements() * size_of::<R>();
-            let words = bytes.div_ceil(8);
-            target[..words].copy_from_slice(&memory[&from][..words]);
+            let count = elements(value);
+            match (in_halves(value), in_halves(copy)) {
+                (true, false) => {
+                    let wide = widened(&memory[&from], count);
+                    target[..wide.len()].copy_from_slice(&wide);
+                }
+                (false, true) => narrow(&memory[&from], &mut target, count),
+                (half, _) => {
+                    let words = (count * if half { 2 } else { size_of::<R>() }).div_ceil(8);
+                    target[..words].copy_from_slice(&memory[&from][..words]);
+                }
+            }
             memory.insert(to, target);
         }
         let mut taken: Vec<(Place, HostBuffer)> = step
@@ -172,23 +235,47 @@ fn run_steps<R: Real>(
             .iter()
             .filter_map(|place| memory.remove(place).map(|words| (*place, words)))
             .collect();
-        let inputs = step
+        // References compute in R: operands stored in halves are widened for them, results rounded.
+        let wide_inputs: Vec<Option<HostBuffer>> = step
             .inputs
             .iter()
             .zip(&node.inputs)
             .map(|(place, &value)| {
-                memory
-                    .get(place)
-                    .map(|words| (&words[..], &compiled.types[value as usize]))
+                let words = memory.get(place).filter(|_| in_halves(value))?;
+                Some(widened(words, elements(value)))
+            })
+            .collect();
+        let mut wide_outputs: Vec<Option<HostBuffer>> = taken
+            .iter()
+            .zip(&node.outputs)
+            .map(|((_, words), &value)| in_halves(value).then(|| widened(words, elements(value))))
+            .collect();
+        let inputs = step
+            .inputs
+            .iter()
+            .zip(&node.inputs)
+            .zip(&wide_inputs)
+            .map(|((place, &value), wide)| {
+                let words = wide.as_ref().or_else(|| memory.get(place));
+                words.map(|words| (&words[..], &compiled.types[value as usize]))
             })
             .collect();
         let outputs = taken
             .iter_mut()
             .zip(&node.outputs)
-            .map(|((_, words), &value)| Some((&mut words[..], &compiled.types[value as usize])))
+            .zip(&mut wide_outputs)
+            .map(|(((_, words), &value), wide)| {
+                let words = wide.as_mut().unwrap_or(words);
+                Some((&mut words[..], &compiled.types[value as usize]))
+            })
             .collect();
         let outcome = R::run(&*node.op, HostIo::new(inputs, outputs));
-        for (place, words) in taken {
+        for (((place, mut words), &value), wide) in
+            taken.into_iter().zip(&node.outputs).zip(&wide_outputs)
+        {
+            if let Some(wide) = wide {
+                narrow(wide, &mut words, elements(value));
+            }
             memory.insert(place, words);
         }
         outcome?;
@@ -198,8 +285,15 @@ fn run_steps<R: Real>(
                 if ty.dtype == DType::I32 {
                     continue;
                 }
-                let floats: &[R] = &bytemuck::cast_slice(&memory[place])[..ty.elements()];
-                if let Some(element) = floats.iter().position(|x| !x.is_finite()) {
+                let words = &memory[place];
+                let found = if in_halves(value) {
+                    let stored = halves(words, ty.elements());
+                    stored.iter().position(|x| !x.is_finite())
+                } else {
+                    let floats: &[R] = &bytemuck::cast_slice(words)[..ty.elements()];
+                    floats.iter().position(|x| !x.is_finite())
+                };
+                if let Some(element) = found {
                     return Err(Error::NotFinite {
                         value: compiled.descriptions[value as usize].clone(),
                         element,

@@ -2,8 +2,10 @@
 
 mod backward;
 mod gpu_executor;
+mod halves;
 mod host_executor;
 mod plan;
+mod precision;
 mod session;
 mod store;
 
@@ -14,6 +16,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 pub use backward::{Backward, Gradients};
 pub use plan::MemoryReport;
+pub use precision::{Precision, Storage};
 pub use session::{Session, SessionOptions};
 pub use store::ParameterStore;
 
@@ -35,6 +38,11 @@ pub enum Init {
     Zeros,
     /// All ones.
     Ones,
+    /// As another parameter of the store, declared before: a copy in another storage.
+    Copy {
+        /// The other's name.
+        of: String,
+    },
     /// Uniform in `-bound..bound`.
     Uniform {
         /// The bound.
@@ -60,6 +68,8 @@ pub struct ParameterSpec {
     pub init: Init,
     /// Whether [`Graph::backward`] computes its gradient.
     pub trainable: bool,
+    /// What its elements are stored in when the store creates it.
+    pub storage: Storage,
 }
 
 #[derive(Clone, Debug)]
@@ -74,6 +84,7 @@ pub(crate) enum Source {
 pub(crate) struct ValueInfo {
     pub(crate) ty: TensorType,
     pub(crate) source: Source,
+    pub(crate) storage: Storage,
 }
 
 #[derive(Clone, Debug)]
@@ -94,6 +105,7 @@ pub struct Graph {
     names: HashMap<String, Value>,
     /// The value that a parameter has after the operations that update it.
     updated: HashMap<Value, Value>,
+    precision: Precision,
 }
 
 impl Default for Graph {
@@ -118,10 +130,17 @@ impl Graph {
             outputs: Vec::new(),
             names: HashMap::new(),
             updated: HashMap::new(),
+            precision: Precision::F32,
         }
     }
 
-    fn push(&mut self, thing: &str, ty: TensorType, source: Source) -> Result<Value> {
+    fn push(
+        &mut self,
+        thing: &str,
+        ty: TensorType,
+        source: Source,
+        storage: Storage,
+    ) -> Result<Value> {
         if ty.dims().contains(&0) {
             return Err(Error::setting(
                 "shape",
@@ -152,7 +171,11 @@ impl Graph {
             graph: self.id,
             index: self.values.len() as u32,
         };
-        self.values.push(ValueInfo { ty, source });
+        self.values.push(ValueInfo {
+            ty,
+            source,
+            storage,
+        });
         Ok(value)
     }
 
@@ -167,7 +190,7 @@ impl Graph {
                 reason: "inputs need names of their own".to_owned(),
             });
         }
-        let value = self.push(name, ty, Source::Input(name.to_owned()))?;
+        let value = self.push(name, ty, Source::Input(name.to_owned()), Storage::F32)?;
         self.names.insert(name.to_owned(), value);
         Ok(value)
     }
@@ -198,12 +221,15 @@ impl Graph {
                 }),
             };
         }
-        let value = self.push(name, ty.clone(), Source::Parameter(self.parameters.len()))?;
+        let storage = self.precision.parameters;
+        let source = Source::Parameter(self.parameters.len());
+        let value = self.push(name, ty.clone(), source, storage)?;
         self.parameters.push(ParameterSpec {
             name: name.to_owned(),
             ty,
             init,
             trainable,
+            storage,
         });
         self.names.insert(name.to_owned(), value);
         Ok(value)
@@ -218,7 +244,7 @@ impl Graph {
             DType::F64 => TensorType::f32(tensor.shape()),
             _ => tensor.ty(),
         };
-        self.push("constant", ty, Source::Constant(tensor))
+        self.push("constant", ty, Source::Constant(tensor), Storage::F32)
     }
 
     /// Appends an operation; how every method of the graph that computes something works, and the way in for operations of an
@@ -237,7 +263,10 @@ impl Graph {
         let outputs = output_types
             .into_iter()
             .enumerate()
-            .map(|(output, ty)| self.push(op.name(), ty, Source::Node { node, output }))
+            .map(|(output, ty)| {
+                let storage = self.storage_of_output(&op, inputs, output, &ty);
+                self.push(op.name(), ty, Source::Node { node, output }, storage)
+            })
             .collect::<Result<Vec<_>>>()?;
         for alias in op
             .aliases()
@@ -261,6 +290,25 @@ impl Graph {
             outputs: outputs.clone(),
         });
         Ok(outputs)
+    }
+
+    /// What a result is stored in: as the operand whose memory it takes over, or else as the graph's precision says, where the
+    /// operation can do with 16 bits.
+    fn storage_of_output(
+        &self,
+        op: &impl Op,
+        inputs: &[Value],
+        output: usize,
+        ty: &TensorType,
+    ) -> Storage {
+        let aliases = op.aliases();
+        let alias = aliases.iter().find(|alias| alias.output == output);
+        match alias {
+            _ if ty.dtype != DType::F32 => Storage::F32,
+            Some(alias) => self.values[inputs[alias.input].index as usize].storage,
+            None if op.keeps_f32(output) => Storage::F32,
+            None => self.precision.activations,
+        }
     }
 
     /// [`Graph::apply`] for an operation with one result.

@@ -7,7 +7,8 @@ use std::collections::BTreeSet;
 
 use crate::device::{BUFFER_ALIGNMENT, Capabilities, Launch, Launches};
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Source, Value};
+use crate::graph::halves::{Operands, lower, storages};
+use crate::graph::{Graph, Source, Storage, Value};
 use crate::ops::{AliasKind, LaunchTypes};
 use crate::tensor::{DType, TensorType};
 
@@ -57,6 +58,8 @@ pub struct MemoryReport {
 pub(crate) struct Plan {
     pub(crate) steps: Vec<Step>,
     pub(crate) places: Vec<Option<Place>>,
+    /// What each value's floats are stored in.
+    pub(crate) storages: Vec<Storage>,
     /// Values with the same number share memory throughout their lives (views, in-place results).
     pub(crate) classes: Vec<usize>,
     /// The size of each pool buffer in bytes.
@@ -85,11 +88,12 @@ pub(crate) struct Target<'a> {
 }
 
 impl Target<'_> {
-    pub(crate) fn bytes(&self, ty: &TensorType) -> u64 {
-        let element = if ty.dtype == DType::I32 {
-            4
-        } else {
-            self.float_bytes
+    pub(crate) fn bytes(&self, ty: &TensorType, storage: Storage) -> u64 {
+        let element = match (ty.dtype, storage) {
+            (DType::I32, _) => 4,
+            // The reference computes and stores in 64 bits whatever a graph asks for.
+            (_, Storage::F16) if self.float_bytes == 4 => 2,
+            _ => self.float_bytes,
         };
         (ty.elements() as u64 * element).next_multiple_of(BUFFER_ALIGNMENT)
     }
@@ -108,6 +112,7 @@ impl Graph {
                 capabilities: Some(capabilities),
                 float_bytes: 4,
             },
+            storages(self, |index| self.parameters[index].storage),
         )?;
         Ok(plan
             .steps
@@ -120,7 +125,8 @@ impl Graph {
 /// The end of time: for values that the session keeps.
 const FOREVER: usize = usize::MAX;
 
-pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
+/// Places the values of a graph, of which those at `storages` are given.
+pub(crate) fn plan(graph: &Graph, target: Target<'_>, storages: Vec<Storage>) -> Result<Plan> {
     let live = live_nodes(graph);
     let mut classes = Classes::new(graph, &live)?;
     let mut steps = Vec::with_capacity(live.len());
@@ -161,7 +167,8 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
             if classes.is_fixed(output) || block_of_class[class].is_some() {
                 continue;
             }
-            let bytes = target.bytes(&graph.values[output.index as usize].ty);
+            let index = output.index as usize;
+            let bytes = target.bytes(&graph.values[index].ty, storages[index]);
             block_of_class[class] = Some(blocks.len());
             blocks.push(Block {
                 bytes,
@@ -180,14 +187,29 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
                         .map(|value| graph.values[value.index as usize].ty.clone())
                         .collect()
                 };
+                let stored = |values: &[Value]| -> Vec<Storage> {
+                    values
+                        .iter()
+                        .map(|value| storages[value.index as usize])
+                        .collect()
+                };
                 let (inputs, outputs) = (types(&info.inputs), types(&info.outputs));
-                info.op.launches(
+                let aliases = info.op.aliases();
+                let continued: Vec<usize> = aliases.iter().map(|alias| alias.output).collect();
+                let launches = info.op.launches(
                     LaunchTypes {
                         inputs: &inputs,
                         outputs: &outputs,
                     },
                     capabilities,
-                )?
+                )?;
+                let operands = Operands {
+                    inputs: &stored(&info.inputs),
+                    outputs: &stored(&info.outputs),
+                    output_types: &outputs,
+                    continued: &continued,
+                };
+                lower(launches, &operands, capabilities)?
             }
             None => Launches::default(),
         };
@@ -263,6 +285,7 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
     let mut plan = Plan {
         steps,
         places,
+        storages,
         classes: classes_of,
         pool,
         inputs: vec![],
@@ -278,12 +301,16 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
             Place::Parameter(index) => plan.parameters.push(index),
         }
     }
-    let value_bytes = |index: &u32| target.bytes(&graph.values[*index as usize].ty);
+    let value_bytes = |index: &u32| target.bytes(&graph.values[*index as usize].ty, Storage::F32);
     plan.memory = MemoryReport {
         parameters: plan
             .parameters
             .iter()
-            .map(|&index| target.bytes(&graph.parameters[index].ty))
+            .map(|&index| {
+                let spec = &graph.parameters[index];
+                let value = graph.names[&spec.name].index as usize;
+                target.bytes(&spec.ty, plan.storages[value])
+            })
             .sum(),
         inputs: plan
             .inputs

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use crate::device::{CommandEncoder, Device, HostBuffer, Kind, Launch, LaunchTiming};
 use crate::error::{Error, Result};
 use crate::graph::gpu_executor::GpuExecutor;
+use crate::graph::halves::storages;
 use crate::graph::host_executor::HostExecutor;
 use crate::graph::plan::{MemoryReport, Place, Plan, Target, plan};
-use crate::graph::store::Storage;
-use crate::graph::{Graph, ParameterStore, Source, Value};
+use crate::graph::store::Memory;
+use crate::graph::{Graph, ParameterStore, Source, Storage, Value};
 use crate::ops::{AliasKind, Op};
 use crate::tensor::{DType, Tensor, TensorType};
 
@@ -25,14 +26,25 @@ pub struct SessionOptions {
 pub(crate) struct Compiled {
     pub(crate) graph: u32,
     pub(crate) types: Vec<TensorType>,
+    pub(crate) storages: Vec<Storage>,
     pub(crate) nodes: Vec<CompiledNode>,
     pub(crate) constants: Vec<(u32, Tensor)>,
     pub(crate) descriptions: Vec<String>,
-    pub(crate) parameter_types: Vec<TensorType>,
     /// Limits of integer inputs: limit and ignored value, by input.
     ranges: HashMap<u32, Vec<(usize, Option<i32>)>>,
     inputs: HashMap<String, u32>,
     outputs: Vec<u32>,
+}
+
+impl Compiled {
+    /// The size of a value in device memory.
+    pub(crate) fn bytes(&self, value: u32) -> u64 {
+        let ty = &self.types[value as usize];
+        if ty.dtype == DType::I32 {
+            return ty.bytes() as u64;
+        }
+        (ty.elements() * self.storages[value as usize].bytes()) as u64
+    }
 }
 
 #[derive(Debug)]
@@ -81,19 +93,19 @@ impl Graph {
                 capabilities: Some(&gpu.summary.capabilities),
                 float_bytes: 4,
             },
-            Kind::Host { precision, .. } => Target {
+            Kind::Host { float, .. } => Target {
                 capabilities: None,
-                float_bytes: precision.float_bytes(),
+                float_bytes: float.bytes(),
             },
         };
-        let plan = plan(self, target)?;
+        let plan = plan(self, target, self.storages_in(store)?)?;
         let compiled = self.compiled(&plan)?;
         let mut gpu_parameters = HashMap::new();
         let mut host_parameters = HashMap::new();
         for &index in &plan.parameters {
-            match store.storage(&self.parameters[index])? {
-                Storage::Gpu(buffer) => _ = gpu_parameters.insert(index, buffer),
-                Storage::Host(words) => _ = host_parameters.insert(index, words),
+            match store.memory(&self.parameters[index])? {
+                Memory::Gpu(buffer) => _ = gpu_parameters.insert(index, buffer),
+                Memory::Host(words) => _ = host_parameters.insert(index, words),
             }
         }
         let executor = match device.kind() {
@@ -103,8 +115,8 @@ impl Graph {
                 &compiled,
                 &gpu_parameters,
             )?)),
-            Kind::Host { precision, checked } => Executor::Host(HostExecutor::new(
-                *precision,
+            Kind::Host { float, checked } => Executor::Host(HostExecutor::new(
+                *float,
                 *checked,
                 &plan,
                 &compiled,
@@ -123,6 +135,29 @@ impl Graph {
             session.poison()?;
         }
         Ok(session)
+    }
+
+    /// What the values are stored in, parameters as the store has them.
+    fn storages_in(&self, store: &ParameterStore) -> Result<Vec<Storage>> {
+        let stored: Vec<Storage> = self
+            .parameters
+            .iter()
+            .map(|spec| store.storage(&spec.name).unwrap_or(spec.storage))
+            .collect();
+        for (spec, &stored) in self.parameters.iter().zip(&stored) {
+            // The optimiser was built for what the graph says: with a master copy or without.
+            if stored != spec.storage && self.updated.contains_key(&self.names[&spec.name]) {
+                return Err(Error::setting(
+                    "precision",
+                    format!("{:?}", spec.storage),
+                    format!(
+                        "the parameter `{}`, which is updated, is in the store as {stored:?}: see ParameterStore::convert",
+                        spec.name
+                    ),
+                ));
+            }
+        }
+        Ok(storages(self, |index| stored[index]))
     }
 
     fn compiled(&self, plan: &Plan) -> Result<Compiled> {
@@ -175,7 +210,6 @@ impl Graph {
             descriptions: (0..self.values.len())
                 .map(|index| self.describe(value_at(index)))
                 .collect(),
-            parameter_types: self.parameters.iter().map(|spec| spec.ty.clone()).collect(),
             ranges,
             inputs: self
                 .values
@@ -188,6 +222,7 @@ impl Graph {
                 .collect(),
             outputs: self.outputs.iter().map(|value| value.index).collect(),
             types,
+            storages: plan.storages.clone(),
         })
     }
 }
@@ -203,6 +238,15 @@ impl Session {
     #[must_use]
     pub fn memory(&self) -> MemoryReport {
         self.plan.memory
+    }
+
+    /// What a value's floats are stored in.
+    ///
+    /// # Errors
+    /// [`Error::ForeignValue`] if the value is of another graph.
+    pub fn storage(&self, value: Value) -> Result<Storage> {
+        let index = self.index(value)?;
+        Ok(self.compiled.storages[index as usize])
     }
 
     /// The kernels of a run, in order, as data; none on the CPU.
@@ -295,7 +339,8 @@ impl Session {
     }
 
     /// Uses a buffer of the host application as the memory of an input or an output, instead of the session's own. It must
-    /// have `BufferUsages::STORAGE`, be at least as large as the value rounded up to 16 bytes, and not serve two values.
+    /// have `BufferUsages::STORAGE`, be at least as large as the value rounded up to 16 bytes, and not serve two values. Inputs are f32;
+    /// an output is what [`Session::storage`] says.
     ///
     /// # Errors
     /// [`Error::Limit`] if it is too small, [`Error::NotKept`] if the value is neither an input nor an output,
@@ -311,7 +356,9 @@ impl Session {
                 value: self.compiled.descriptions[index as usize].clone(),
             });
         }
-        let needed = (self.compiled.types[index as usize].bytes() as u64)
+        let needed = self
+            .compiled
+            .bytes(index)
             .next_multiple_of(crate::device::BUFFER_ALIGNMENT);
         if buffer.size() < needed {
             return Err(Error::Limit {
@@ -491,7 +538,11 @@ impl Session {
         indices
             .iter()
             .map(|&index| match self.plan.places[index as usize] {
-                Some(place) => host.read(place, &self.compiled.types[index as usize]),
+                Some(place) => host.read(
+                    place,
+                    &self.compiled.types[index as usize],
+                    self.compiled.storages[index as usize],
+                ),
                 None => Err(Error::NotKept {
                     value: self.compiled.descriptions[index as usize].clone(),
                 }),

@@ -3,19 +3,23 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use half::vec::HalfFloatVecExt;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use crate::device::{Buffer, Device, Kind, Precision};
+use crate::device::{Buffer, Device, HostFloat, Kind};
 use crate::error::{Error, Result};
+use crate::graph::gpu_executor::tensor_of_bytes;
 use crate::graph::host_executor::{host_words, tensor_of_words};
-use crate::graph::{Graph, Init, ParameterSpec};
+use crate::graph::{Graph, Init, ParameterSpec, Storage};
 use crate::ops::HostBuffer;
 use crate::tensor::{DType, Tensor, TensorData, TensorType};
 
 /// Where a parameter's elements are.
 #[derive(Clone, Debug)]
-pub(crate) enum Storage {
+pub(crate) enum Memory {
     Gpu(Buffer),
     Host(Arc<Mutex<HostBuffer>>),
 }
@@ -24,6 +28,7 @@ pub(crate) enum Storage {
 struct Entry {
     ty: TensorType,
     storage: Storage,
+    memory: Memory,
 }
 
 /// Parameters by name, on one device. Cheap to clone; clones share the parameters.
@@ -49,8 +54,8 @@ impl ParameterStore {
         &self.device
     }
 
-    /// Creates every parameter of the graph that the store does not have yet, as the graph says it starts. The values
-    /// depend on `seed` and on the parameter's name alone, on any device.
+    /// Creates every parameter of the graph that the store does not have yet, as the graph says it starts, in the storage that its
+    /// precision says. The values depend on `seed` and on the parameter's name alone, on any device.
     ///
     /// # Errors
     /// [`Error::UnknownName`] if a parameter with [`Init::Provided`] is missing, [`Error::TypeMismatch`] if one is there with
@@ -66,18 +71,33 @@ impl ParameterStore {
                         found,
                     });
                 }
-                None => self.insert(&spec.name, &start(spec, seed)?)?,
+                None => {
+                    let tensor = match &spec.init {
+                        Init::Copy { of } => self.read(of)?,
+                        _ => start(spec, seed)?,
+                    };
+                    self.insert_as(&spec.name, &tensor, spec.storage)?;
+                }
             }
         }
         Ok(())
     }
 
-    /// Puts a parameter into the store; one of that name is overwritten in place, so that sessions see it.
+    /// Puts a parameter into the store, in 32 bits; one of that name is overwritten in place, in the storage that it has, so that
+    /// sessions see it.
     ///
     /// # Errors
     /// [`Error::TypeMismatch`] if one of that name has another shape; [`Error::OutOfMemory`] or [`Error::Limit`] if the device
     /// cannot hold it; [`Error::Setting`] if it is not of floats.
     pub fn insert(&self, name: &str, tensor: &Tensor) -> Result<()> {
+        self.insert_as(name, tensor, Storage::F32)
+    }
+
+    /// [`ParameterStore::insert`] for a parameter that, if it is new, is stored as `storage` says. One that is there keeps its storage.
+    ///
+    /// # Errors
+    /// As [`ParameterStore::insert`].
+    pub fn insert_as(&self, name: &str, tensor: &Tensor, storage: Storage) -> Result<()> {
         if tensor.dtype() == DType::I32 {
             return Err(Error::setting("parameter", name, "parameters are floats"));
         }
@@ -91,27 +111,65 @@ impl ParameterStore {
                     found: ty,
                 });
             }
-            return self.write(&entry.storage, tensor);
+            return self.write(entry, tensor);
         }
-        let storage = match self.device.kind() {
-            Kind::Gpu(gpu) => {
-                Storage::Gpu(gpu.allocate(&format!("the parameter `{name}`"), ty.bytes() as u64)?)
-            }
-            Kind::Host { .. } => Storage::Host(Arc::default()),
-        };
-        self.write(&storage, tensor)?;
-        entries.insert(name.to_owned(), Entry { ty, storage });
+        let entry = self.entry_for(name, ty, storage)?;
+        self.write(&entry, tensor)?;
+        entries.insert(name.to_owned(), entry);
         Ok(())
     }
 
-    fn write(&self, storage: &Storage, tensor: &Tensor) -> Result<()> {
-        match (storage, self.device.kind()) {
-            (Storage::Gpu(buffer), Kind::Gpu(gpu)) => gpu.scoped("writing a parameter", 0, || {
-                gpu.write(buffer, bytemuck::cast_slice(&tensor.to_f32()));
-            }),
-            (Storage::Host(words), Kind::Host { precision, .. }) => {
+    /// Brings every parameter of the graph that the store has into the storage that the graph's precision says. Sessions
+    /// compiled before go on with the memory they have.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] or [`Error::Limit`] if the device cannot hold one, [`Error::DeviceLost`] if it is gone.
+    pub fn convert(&self, graph: &Graph) -> Result<()> {
+        for spec in graph.parameters() {
+            if self
+                .storage(&spec.name)
+                .is_some_and(|stored| stored != spec.storage)
+            {
+                let tensor = self.read(&spec.name)?;
+                self.remove(&spec.name);
+                self.insert_as(&spec.name, &tensor, spec.storage)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Memory for a parameter, not written yet.
+    fn entry_for(&self, name: &str, ty: TensorType, storage: Storage) -> Result<Entry> {
+        let memory = match self.device.kind() {
+            Kind::Gpu(gpu) => {
+                let bytes = (ty.elements() * storage.bytes()) as u64;
+                Memory::Gpu(gpu.allocate(&format!("the parameter `{name}`"), bytes)?)
+            }
+            Kind::Host { .. } => Memory::Host(Arc::default()),
+        };
+        Ok(Entry {
+            ty,
+            storage,
+            memory,
+        })
+    }
+
+    fn write(&self, entry: &Entry, tensor: &Tensor) -> Result<()> {
+        match (&entry.memory, self.device.kind()) {
+            (Memory::Gpu(buffer), Kind::Gpu(gpu)) => {
+                gpu.scoped("writing a parameter", 0, || match entry.storage {
+                    Storage::F32 => gpu.write(buffer, bytemuck::cast_slice(&tensor.to_f32())),
+                    Storage::F16 => {
+                        let mut halves = Vec::<f16>::from_f32_slice(&tensor.to_f32());
+                        // wgpu copies whole words.
+                        halves.resize(halves.len().next_multiple_of(2), f16::ZERO);
+                        gpu.write(buffer, bytemuck::cast_slice(halves.reinterpret_cast()));
+                    }
+                })
+            }
+            (Memory::Host(words), Kind::Host { float, .. }) => {
                 *words.lock().unwrap_or_else(PoisonError::into_inner) =
-                    host_words(tensor, *precision);
+                    host_words(tensor, *float, entry.storage);
                 Ok(())
             }
             _ => unreachable!("an entry is made on the store's own device"),
@@ -137,6 +195,16 @@ impl ParameterStore {
             .unwrap_or_else(PoisonError::into_inner)
             .get(name)
             .map(|entry| entry.ty.clone())
+    }
+
+    /// What a parameter is stored in, if it is there.
+    #[must_use]
+    pub fn storage(&self, name: &str) -> Option<Storage> {
+        self.entries
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(name)
+            .map(|entry| entry.storage)
     }
 
     /// Removes a parameter; sessions that use it keep it alive.
@@ -165,14 +233,15 @@ impl ParameterStore {
 
     async fn read_with(&self, name: &str, poll: bool) -> Result<Tensor> {
         let entry = self.entry(name)?;
-        match (&entry.storage, self.device.kind()) {
-            (Storage::Gpu(buffer), Kind::Gpu(gpu)) => {
-                let bytes = gpu.read(buffer, entry.ty.bytes() as u64, poll).await?;
-                Tensor::f32(&entry.ty.shape, bytemuck::pod_collect_to_vec(&bytes))
+        match (&entry.memory, self.device.kind()) {
+            (Memory::Gpu(buffer), Kind::Gpu(gpu)) => {
+                let bytes = entry.ty.elements() * entry.storage.bytes();
+                let bytes = gpu.read(buffer, bytes as u64, poll).await?;
+                tensor_of_bytes(&bytes, &entry.ty, entry.storage)
             }
-            (Storage::Host(words), Kind::Host { precision, .. }) => {
+            (Memory::Host(words), Kind::Host { float, .. }) => {
                 let words = words.lock().unwrap_or_else(PoisonError::into_inner);
-                tensor_of_words(&words, &entry.ty, *precision)
+                tensor_of_words(&words, &entry.ty, *float, entry.storage)
             }
             _ => unreachable!("an entry is made on the store's own device"),
         }
@@ -190,7 +259,7 @@ impl ParameterStore {
     }
 
     /// The memory of a parameter that a graph declares.
-    pub(crate) fn storage(&self, spec: &ParameterSpec) -> Result<Storage> {
+    pub(crate) fn memory(&self, spec: &ParameterSpec) -> Result<Memory> {
         let entry = self.entry(&spec.name)?;
         if entry.ty != spec.ty {
             return Err(Error::TypeMismatch {
@@ -199,7 +268,7 @@ impl ParameterStore {
                 found: entry.ty,
             });
         }
-        Ok(entry.storage)
+        Ok(entry.memory)
     }
 }
 
@@ -226,7 +295,7 @@ fn start(spec: &ParameterSpec, seed: u64) -> Result<Tensor> {
                 deviation * (-2.0 * unit().ln()).sqrt() * (std::f32::consts::TAU * unit()).cos()
             })
             .collect(),
-        Init::Provided => {
+        Init::Provided | Init::Copy { .. } => {
             return Err(Error::UnknownName {
                 kind: "provided parameter",
                 name: spec.name.clone(),
@@ -236,8 +305,9 @@ fn start(spec: &ParameterSpec, seed: u64) -> Result<Tensor> {
     Tensor::new(spec.ty.shape.clone(), TensorData::F32(data))
 }
 
-impl Precision {
-    pub(crate) fn float_bytes(self) -> u64 {
+impl HostFloat {
+    /// The size of one float.
+    pub(crate) fn bytes(self) -> u64 {
         match self {
             Self::F32 => 4,
             Self::F64 => 8,

@@ -133,12 +133,6 @@ impl MoeLora {
             },
         ) = (self.options.rank, self.router);
         let base = self.base.forward(graph, x)?;
-        let router = graph.parameter(
-            &format!("{name}.router"),
-            [experts, *d_in],
-            kaiming(*d_in),
-            true,
-        )?;
         let a = graph.parameter(
             &format!("{name}.lora_a"),
             [experts, rank, *d_in],
@@ -151,8 +145,16 @@ impl MoeLora {
             Init::Zeros,
             true,
         )?;
-        let logits = graph.matmul_nt(x, router)?;
-        let routed = graph.route(logits, top_k, renormalize)?;
+        let (logits, routed) = graph.in_f32(|graph| {
+            let router = graph.parameter(
+                &format!("{name}.router"),
+                [experts, *d_in],
+                kaiming(*d_in),
+                true,
+            )?;
+            let logits = graph.matmul_nt(x, router)?;
+            Ok::<_, Error>((logits, graph.route(logits, top_k, renormalize)?))
+        })?;
         let z = graph.shrink(x, a, Layout::OutIn, routed.segments)?;
         let z = latents(graph, z, &routed)?;
         let output = graph.expand(

@@ -76,7 +76,9 @@ impl RotMole {
                 GateInput::Input => x,
                 GateInput::Latent => z,
             };
-            let generator = graph.shrink(h, gate, Layout::OutIn, routed.segments)?;
+            // Angles need absolute accuracy, and may be many turns.
+            let generator =
+                graph.in_f32(|graph| graph.shrink(h, gate, Layout::OutIn, routed.segments))?;
             graph.rotate(self.rotation, z, generator)
         })
     }

@@ -103,6 +103,10 @@ impl Op for Balance {
         "balance_loss"
     }
 
+    fn keeps_f32(&self, _output: usize) -> bool {
+        true
+    }
+
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 2)?;
         let [tokens, experts] = dims_f32(self.name(), "the logits", &inputs[0])?;

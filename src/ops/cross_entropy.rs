@@ -89,6 +89,10 @@ impl Op for CrossEntropy {
         "cross_entropy"
     }
 
+    fn keeps_f32(&self, _output: usize) -> bool {
+        true
+    }
+
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 2)?;
         let [rows, _] = dims_f32(self.name(), "the logits", &inputs[0])?;

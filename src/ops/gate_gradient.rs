@@ -41,6 +41,10 @@ impl Op for GateGradient {
         "gate_gradient"
     }
 
+    fn keeps_f32(&self, output: usize) -> bool {
+        output == 1
+    }
+
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 3)?;
         let [pairs, rank] = dims_f32(self.name(), "v", &inputs[0])?;

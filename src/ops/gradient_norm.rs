@@ -59,6 +59,10 @@ impl Op for GradientNorm {
         "gradient_norm"
     }
 
+    fn keeps_f32(&self, _output: usize) -> bool {
+        true
+    }
+
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         if inputs.is_empty() {
             return Err(Error::shape(self.name(), "there are no gradients"));

@@ -3,6 +3,7 @@
 
 mod accumulate;
 mod adamw;
+mod assign;
 mod balance_loss;
 mod binary;
 mod cross_entropy;
@@ -95,6 +96,11 @@ pub struct IndexRange {
 ///
 /// An op that launches kernels promises that they stay inside the buffers they bind, for every shape that
 /// [`Op::outputs`] accepts: trusted devices run them without bounds checks.
+///
+/// Where a value is stored in 16 bits (see [`Precision`](crate::Precision)) the kernels' text is rewritten to read and write it so. That
+/// needs each float binding declared on one line, `@group(0) @binding(N) var<storage, read> name: array<f32>;` (or `read_write`;
+/// `vec2<f32>`, `vec4<f32>`), touched only as `name[index]`, and written only by statements `name[index] = value;` or with `+=`, `-=`,
+/// `*=`, `/=` on one line. A kernel that does not keep to that is an error when a session is compiled.
 pub trait Op: fmt::Debug + Send + Sync + 'static {
     /// The name in messages and tables.
     fn name(&self) -> &'static str;
@@ -116,6 +122,12 @@ pub trait Op: fmt::Debug + Send + Sync + 'static {
     /// Whether a gradient can flow to this float input at all.
     fn differentiable(&self, _input: usize) -> bool {
         true
+    }
+
+    /// Whether this float output stays in f32 where the graph's precision stores values in 16 bits: for sums over many elements,
+    /// losses, probabilities.
+    fn keeps_f32(&self, _output: usize) -> bool {
+        false
     }
 
     /// Outputs that share the memory of inputs.

@@ -91,6 +91,10 @@ impl Op for RmsNorm {
         "rms_norm"
     }
 
+    fn keeps_f32(&self, output: usize) -> bool {
+        output == 1
+    }
+
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 2)?;
         let [rows, n] = dims_f32(self.name(), "x", &inputs[0])?;

@@ -104,6 +104,10 @@ impl Op for Route {
         "route"
     }
 
+    fn keeps_f32(&self, _output: usize) -> bool {
+        true
+    }
+
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 1)?;
         let [tokens, experts] = dims_f32(self.name(), "the logits", &inputs[0])?;

@@ -148,6 +148,10 @@ impl Op for Sum {
         "sum"
     }
 
+    fn keeps_f32(&self, _output: usize) -> bool {
+        true
+    }
+
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 1)?;
         expect_dtype(self.name(), "the operand", &inputs[0], DType::F32)?;

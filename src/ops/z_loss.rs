@@ -62,6 +62,10 @@ impl Op for ZLoss {
         "z_loss"
     }
 
+    fn keeps_f32(&self, _output: usize) -> bool {
+        true
+    }
+
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 1)?;
         let [tokens, _] = dims_f32(self.name(), "the logits", &inputs[0])?;

@@ -6,8 +6,8 @@ mod time;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
-use rankmix::{Device, DeviceOptions, Result};
+use clap::{Parser, Subcommand, ValueEnum};
+use rankmix::{Device, DeviceOptions, Precision, Result, Storage};
 
 /// Mixtures of low-rank experts on any GPU.
 #[derive(Debug, Parser)]
@@ -36,6 +36,43 @@ struct DeviceArguments {
     /// Keep bounds checks in the kernels and look for NaN and infinity after every operation.
     #[arg(long)]
     checked: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum StorageChoice {
+    /// 32 bits.
+    F32,
+    /// Parameters and activations in 16 bits.
+    F16,
+    /// Parameters in 16 bits.
+    F16Parameters,
+    /// Activations in 16 bits.
+    F16Activations,
+}
+
+/// What floats are stored in; arithmetic is f32 always.
+#[derive(Debug, clap::Args)]
+struct StorageArguments {
+    /// What floats are stored in.
+    #[arg(long, value_enum, value_name = "S", default_value = "f32")]
+    storage: StorageChoice,
+}
+
+impl StorageArguments {
+    fn precision(&self) -> Precision {
+        use StorageChoice::{F16, F16Activations, F16Parameters};
+        let half = |chosen: [StorageChoice; 2]| {
+            if chosen.contains(&self.storage) {
+                Storage::F16
+            } else {
+                Storage::F32
+            }
+        };
+        Precision {
+            parameters: half([F16, F16Parameters]),
+            activations: half([F16, F16Activations]),
+        }
+    }
 }
 
 impl DeviceArguments {

@@ -6,13 +6,15 @@ use std::process::ExitCode;
 use rankmix::Result;
 use rankmix::golden::GoldenCase;
 
-use crate::DeviceArguments;
+use crate::{DeviceArguments, StorageArguments};
 
 /// What to replay, and where.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     #[command(flatten)]
     device: DeviceArguments,
+    #[command(flatten)]
+    storage: StorageArguments,
     /// Golden cases (safetensors).
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
@@ -20,6 +22,7 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let device = options.device.open()?;
+    let precision = options.storage.precision();
     eprintln!(
         "device: {}{}",
         device.name(),
@@ -27,8 +30,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     );
     let mut failed = false;
     for path in &options.files {
-        let replayed =
-            GoldenCase::read(path).and_then(|case| Ok((case.replay(&device)?, case.name)));
+        let replayed = GoldenCase::read(path)
+            .and_then(|case| Ok((case.replay_stored(&device, precision)?, case.name)));
         match replayed {
             Ok((replay, name)) => {
                 failed |= !replay.ok;
