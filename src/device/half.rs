@@ -183,10 +183,9 @@ const NARROW_NATIVE: &str = "
 fn half_narrow(value: f32) -> f16 {
   let magnitude = bitcast<u32>(value) & 0x7fffffffu;
   let near = f16(clamp(value, -65504.0, 65504.0));
-  // 65504 + 65504 is beyond the range of f16, and infinity less infinity is no number.
-  let beyond = near + near;
-  if (magnitude > 0x7f800000u) { return beyond - beyond; }
-  return select(near, beyond, magnitude >= 0x477ff000u);
+  if (magnitude > 0x7f800000u) { return f16(value); }
+  // 65504 + 65504 is beyond the range of f16.
+  return select(near, near + near, magnitude >= 0x477ff000u);
 }
 ";
 

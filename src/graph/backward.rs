@@ -4,12 +4,15 @@ use std::collections::HashMap;
 
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Source, Storage, Value};
+use crate::ops::LossScaling;
 use crate::tensor::{DType, Tensor, TensorData, TensorType};
 
 /// The gradients of the trainable parameters, by parameter.
 #[derive(Clone, Debug, Default)]
 pub struct Gradients {
-    pairs: Vec<(Value, Value)>,
+    pub(crate) pairs: Vec<(Value, Value)>,
+    /// How the loss was scaled, if it was: the gradients are as many times too large.
+    pub(crate) scaling: Option<LossScaling>,
 }
 
 impl Gradients {
@@ -117,6 +120,15 @@ impl Graph {
     /// [`Error::Shape`] if `loss` has more than one element, [`Error::NoGradient`] if an operation on the way has no rule.
     pub fn backward(&mut self, loss: Value) -> Result<Gradients> {
         let seed = self.seed(loss)?;
+        self.backward_from(loss, seed, None)
+    }
+
+    pub(crate) fn backward_from(
+        &mut self,
+        loss: Value,
+        seed: Value,
+        scaling: Option<LossScaling>,
+    ) -> Result<Gradients> {
         let wanted = self.trainable();
         let gradients = self.walk(&[(loss, seed)], &wanted)?;
         let pairs = wanted
@@ -124,7 +136,7 @@ impl Graph {
             .zip(gradients)
             .filter_map(|(value, gradient)| Some((value, gradient?)))
             .collect();
-        Ok(Gradients { pairs })
+        Ok(Gradients { pairs, scaling })
     }
 
     /// The gradients of a scalar with respect to the values named, frozen parameters and inputs included.
@@ -159,14 +171,20 @@ impl Graph {
     }
 
     fn seed(&mut self, loss: Value) -> Result<Value> {
-        let ty = self.ty(loss)?.clone();
-        if ty.elements() != 1 || ty.dtype != DType::F32 {
-            return Err(Error::shape(
-                "backward",
-                format!("the loss is {ty}, expected one float"),
-            ));
-        }
+        let ty = self.loss_type(loss)?;
         self.constant(Tensor::new(ty.shape, TensorData::F32(vec![1.0]))?)
+    }
+
+    /// The type of a loss: one float.
+    pub(crate) fn loss_type(&self, loss: Value) -> Result<TensorType> {
+        let ty = self.ty(loss)?;
+        if ty.elements() == 1 && ty.dtype == DType::F32 {
+            return Ok(ty.clone());
+        }
+        Err(Error::shape(
+            "backward",
+            format!("the loss is {ty}, expected one float"),
+        ))
     }
 
     fn walk(

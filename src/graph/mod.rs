@@ -38,6 +38,8 @@ pub enum Init {
     Zeros,
     /// All ones.
     Ones,
+    /// These elements.
+    Given(Tensor),
     /// As another parameter of the store, declared before: a copy in another storage.
     Copy {
         /// The other's name.

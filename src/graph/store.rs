@@ -286,6 +286,9 @@ fn start(spec: &ParameterSpec, seed: u64) -> Result<Tensor> {
     generator.set_stream(stream);
     // In (0, 1), from 24 random bits.
     let mut unit = || ((generator.next_u32() >> 8) as f32 + 0.5) * (1.0 / 16_777_216.0);
+    if let Init::Given(tensor) = &spec.init {
+        return Ok(tensor.clone());
+    }
     let data = match spec.init {
         Init::Zeros => vec![0.0; count],
         Init::Ones => vec![1.0; count],
@@ -295,7 +298,7 @@ fn start(spec: &ParameterSpec, seed: u64) -> Result<Tensor> {
                 deviation * (-2.0 * unit().ln()).sqrt() * (std::f32::consts::TAU * unit()).cos()
             })
             .collect(),
-        Init::Provided | Init::Copy { .. } => {
+        Init::Provided | Init::Copy { .. } | Init::Given(_) => {
             return Err(Error::UnknownName {
                 kind: "provided parameter",
                 name: spec.name.clone(),

@@ -44,7 +44,8 @@ struct AdamWStep {
 
 impl Graph {
     /// Updates a parameter and its two moments in place. `schedule` is `[learning rate, 1 / (1 - beta1^t), 1 / sqrt(1 - beta2^t)]` for step
-    /// t, from 1; `clip`, if given, is `[norm, scale]` of [`Graph::gradient_norm`]: the gradient is multiplied by the scale.
+    /// t, from 1; `clip`, if given, is `[norm, scale]` of [`Graph::gradient_norm`]: the gradient is multiplied by the scale. A scale of 0
+    /// means to skip the step: nothing changes.
     /// Returns the updated parameter; whoever reads the parameter after this must read that value.
     ///
     /// # Errors
@@ -76,6 +77,9 @@ impl AdamWStep {
             R::one()
         };
         let (parameter, first, second) = (io.floats_out(0)?, io.floats_out(1)?, io.floats_out(2)?);
+        if clip == R::zero() {
+            return Ok(());
+        }
         let AdamWConstants {
             beta1,
             beta2,

@@ -1,12 +1,15 @@
 //! AdamW as part of a graph: the update is recorded with the forward and the backward pass and runs in the same submission.
 
 use crate::error::{Error, Result};
-use crate::graph::{Gradients, Graph, Init, ParameterStore, Session, Source, Value};
+use crate::graph::{Gradients, Graph, Init, ParameterStore, Session, Source, Storage, Value};
 use crate::ops::AdamWConstants;
 use crate::tensor::{Tensor, TensorType};
+use crate::train::loss_scaling::LOSS_SCALE;
 
 /// The name of the input through which the learning rate reaches the device.
 const SCHEDULE_INPUT: &str = "adamw.schedule";
+/// In front of a parameter's name: its copy in f32, where the parameter itself is stored in 16 bits.
+const MASTER: &str = "adamw.master.";
 
 /// How to build an AdamW step. The defaults are PyTorch's, without clipping.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -22,15 +25,22 @@ pub struct AdamW {
 pub struct Optimizer {
     constants: AdamWConstants,
     schedule: Value,
-    /// `[norm, scale]` of the gradients, before clipping; kept as an output. `None` without clipping.
+    /// `[norm, scale]` of the gradients, before clipping; kept as an output. `None` without clipping and loss scaling. With loss scaling
+    /// the norm is of the unscaled gradients, and both are 0 for a step that was skipped.
     pub norm: Option<Value>,
+    /// `[scale, good steps since it changed, steps taken, steps skipped]` after the step; kept as an output. `None` without loss scaling.
+    pub loss_scale: Option<Value>,
     /// Steps done so far.
     step: u64,
 }
 
 impl AdamW {
     /// Adds the update of every parameter that has a gradient to the graph. The moments are parameters of the store, named
-    /// `adamw.first.NAME` and `adamw.second.NAME`; they start at zero and are saved with it.
+    /// `adamw.first.NAME` and `adamw.second.NAME`; they start at zero and are saved with it. A parameter stored in 16 bits has a master
+    /// copy in f32, `adamw.master.NAME`, which is what is updated; the parameter follows it, rounded.
+    ///
+    /// Gradients of [`Graph::backward_scaled`] are divided by the scale; a step whose gradients are not finite changes nothing, and is not
+    /// counted in the bias corrections.
     ///
     /// # Errors
     /// [`Error::Setting`] if a constant makes no sense or there is nothing to update.
@@ -63,19 +73,36 @@ impl AdamW {
             ));
         }
         let schedule = graph.input(SCHEDULE_INPUT, TensorType::f32([3]))?;
-        let norm = match self.max_norm {
+        let limit = match (self.max_norm, gradients.scaling) {
+            // Without clipping the norm is still what tells an overflow.
+            (None, Some(_)) => Some(f32::MAX),
+            (max_norm, _) => max_norm,
+        };
+        let mut norm = match limit {
             Some(max_norm) => {
                 let all: Vec<Value> = gradients
                     .pairs()
                     .iter()
                     .map(|&(_, gradient)| gradient)
                     .collect();
-                let norm = graph.gradient_norm(&all, max_norm)?;
-                graph.output(norm)?;
-                Some(norm)
+                Some(graph.gradient_norm(&all, max_norm)?)
             }
             None => None,
         };
+        let mut step_schedule = schedule;
+        let mut loss_scale = None;
+        if let (Some(scaling), Some(scaled_norm), Some(max_norm)) = (gradients.scaling, norm, limit)
+        {
+            let state = scaling.state(graph)?;
+            let operands = [state, scaled_norm, schedule];
+            let step = graph.update_loss_scale(operands, scaling, self.constants, max_norm)?;
+            step_schedule = step.schedule;
+            norm = Some(step.clip);
+            loss_scale = Some(step.state);
+        }
+        for value in [norm, loss_scale].into_iter().flatten() {
+            graph.output(value)?;
+        }
         for &(parameter, gradient) in gradients.pairs() {
             let Source::Parameter(index) = graph.values[parameter.index as usize].source else {
                 return Err(Error::setting(
@@ -89,22 +116,38 @@ impl AdamW {
                 graph.parameters[index].ty.shape.clone(),
             );
             let moment = |which: &str| format!("adamw.{which}.{name}");
-            let first = graph.parameter(&moment("first"), &shape, Init::Zeros, false)?;
-            let second = graph.parameter(&moment("second"), &shape, Init::Zeros, false)?;
+            let master_name = format!("{MASTER}{name}");
+            let stored = graph.parameters[index].storage;
             let gradient = graph.reshape(gradient, &shape)?;
-            graph.adamw_step(
-                parameter,
+            let (first, second, master) = graph.in_f32(|graph| {
+                let first = graph.parameter(&moment("first"), &shape, Init::Zeros, false)?;
+                let second = graph.parameter(&moment("second"), &shape, Init::Zeros, false)?;
+                let master = match stored {
+                    Storage::F32 => parameter,
+                    Storage::F16 => {
+                        let init = Init::Copy { of: name.clone() };
+                        graph.parameter(&master_name, &shape, init, false)?
+                    }
+                };
+                Ok::<_, Error>((first, second, master))
+            })?;
+            let updated = graph.adamw_step(
+                master,
                 [first, second],
                 gradient,
-                schedule,
+                step_schedule,
                 norm,
                 self.constants,
             )?;
+            if master != parameter {
+                graph.assign(parameter, updated)?;
+            }
         }
         Ok(Optimizer {
             constants: self.constants,
             schedule,
             norm,
+            loss_scale,
             step: 0,
         })
     }
@@ -146,7 +189,8 @@ impl Optimizer {
         self.step = step;
     }
 
-    /// Sets all moments in a store back to zero and the step to 0.
+    /// Sets all moments in a store back to zero and the step to 0. Master copies start again from their parameters; a loss scale
+    /// stays as it is, its counts start again.
     ///
     /// # Errors
     /// What writing to the store returns.
@@ -156,9 +200,18 @@ impl Optimizer {
             .iter()
             .filter(|name| name.starts_with("adamw."))
         {
-            if let Some(ty) = store.ty(name) {
-                store.insert(name, &Tensor::zeros(&ty))?;
-            }
+            let fresh = if let Some(parameter) = name.strip_prefix(MASTER) {
+                store.read(parameter)?
+            } else if name == LOSS_SCALE {
+                let mut state = store.read(name)?.to_f32();
+                state[1..].fill(0.0);
+                Tensor::f32([state.len()], state)?
+            } else if let Some(ty) = store.ty(name) {
+                Tensor::zeros(&ty)
+            } else {
+                continue;
+            };
+            store.insert(name, &fresh)?;
         }
         self.step = 0;
         Ok(())

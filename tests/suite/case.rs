@@ -3,7 +3,9 @@
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use rankmix::{DType, Device, Graph, ParameterStore, Result, Session, Tensor, TensorType, Value};
+use rankmix::{
+    DType, Device, Graph, ParameterStore, Precision, Result, Session, Tensor, TensorType, Value,
+};
 
 type Build = Box<dyn Fn(&mut Graph, &[Value]) -> Result<Vec<Value>> + Send + Sync>;
 
@@ -57,13 +59,18 @@ impl Case {
     /// loss = sum over results of <result * result + 0.7 result, random weights>, so that every element has its own upstream
     /// gradient, and the float inputs pass through a * 1.25 - 0.125 before they reach the operations under test.
     pub fn compile(&self, device: &Device) -> Result<Harness> {
+        self.compile_stored(device, Precision::F32)
+    }
+
+    /// [`Case::compile`] with values stored as `precision` says.
+    pub fn compile_stored(&self, device: &Device, precision: Precision) -> Result<Harness> {
         let Built {
             graph,
             inputs,
             loss,
             outputs,
             gradients,
-        } = self.build()?;
+        } = self.build(precision)?;
         let store = ParameterStore::new(device);
         store.initialize(&graph, 7)?;
         let mut session = graph.compile(&store)?;
@@ -80,13 +87,14 @@ impl Case {
         })
     }
 
-    /// The graph that [`Case::compile`] compiles.
-    pub fn graph(&self) -> Result<Graph> {
-        Ok(self.build()?.graph)
+    /// The graph that [`Case::compile_stored`] compiles.
+    pub fn graph(&self, precision: Precision) -> Result<Graph> {
+        Ok(self.build(precision)?.graph)
     }
 
-    fn build(&self) -> Result<Built> {
+    fn build(&self, precision: Precision) -> Result<Built> {
         let mut graph = Graph::new();
+        graph.set_precision(precision);
         let mut inputs = Vec::new();
         let mut fed = Vec::new();
         for (index, tensor) in self.inputs.iter().enumerate() {

@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use libtest_mimic::{Failed, Trial};
-use rankmix::Device;
 use rankmix::golden::GoldenCase;
+use rankmix::{Device, Precision};
+
+use crate::devices;
 
 /// Cases of layers that the crate has.
 fn files() -> Vec<PathBuf> {
@@ -28,8 +30,8 @@ fn files() -> Vec<PathBuf> {
     files
 }
 
-fn check(path: &Path, device: &Device) -> Result<(), Failed> {
-    let replay = GoldenCase::read(path)?.replay(device)?;
+fn check(path: &Path, device: &Device, precision: Precision) -> Result<(), Failed> {
+    let replay = GoldenCase::read(path)?.replay_stored(device, precision)?;
     if replay.ok {
         Ok(())
     } else {
@@ -45,13 +47,13 @@ pub fn trials() -> Vec<Trial> {
             .unwrap_or_default()
             .to_string_lossy()
             .into_owned();
-        trials.extend(devices_of(&name, path));
+        for (precision, suffix) in [(Precision::F32, ""), (Precision::F16, "_f16")] {
+            let path = path.clone();
+            let name = format!("golden::{name}{suffix}");
+            trials.extend(devices::trials(&name, move |device| {
+                check(&path, device, precision)
+            }));
+        }
     }
     trials
-}
-
-fn devices_of(name: &str, path: PathBuf) -> Vec<Trial> {
-    crate::devices::trials(&format!("golden::{name}"), move |device| {
-        check(&path, device)
-    })
 }

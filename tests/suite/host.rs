@@ -14,7 +14,7 @@ const D_IN: usize = 12;
 const D_OUT: usize = 9;
 
 /// A device with WebGPU's default limits, as an application would open it, on the backend of a test.
-fn host_device(backend: &str) -> Option<(wgpu::Device, wgpu::Queue)> {
+pub fn host_device(backend: &str) -> Option<(wgpu::Device, wgpu::Queue)> {
     let backends = match backend {
         "gl" => wgpu::Backends::GL,
         _ => wgpu::Backends::PRIMARY,

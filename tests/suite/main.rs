@@ -14,6 +14,7 @@ mod mistakes;
 mod parity;
 mod rotation_facts;
 mod shaders;
+mod storage;
 mod training;
 
 use libtest_mimic::Arguments;
@@ -30,6 +31,7 @@ fn main() {
         mistakes::trials(),
         rotation_facts::trials(),
         shaders::trials(),
+        storage::trials(),
         training::trials(),
     ]
     .into_iter()

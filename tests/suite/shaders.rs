@@ -10,27 +10,45 @@ use naga::back::{glsl, hlsl, msl, spv};
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities as Features, ModuleInfo, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, ShaderStage, StorageAccess};
+use rankmix::Precision;
 use rankmix::device::{Access, Capabilities, Launch};
 
 use crate::cases;
 
 /// The launches of all cases, one of each kind, by a name.
 fn launches() -> BTreeMap<String, Arc<Launch>> {
-    let capabilities = Capabilities::webgpu_defaults();
+    let defaults = Capabilities::webgpu_defaults();
+    let with_f16 = Capabilities {
+        f16: true,
+        ..defaults.clone()
+    };
+    let forms = [
+        (Precision::F32, "", &defaults),
+        (Precision::F16, " packed", &defaults),
+        (Precision::F16, " native", &with_f16),
+    ];
     let mut found = BTreeMap::new();
-    for case in cases::all() {
-        let graph = case.graph().expect("the cases are sound");
+    let cases = cases::all();
+    for (case, (precision, form, capabilities)) in
+        cases.iter().flat_map(|case| forms.map(|form| (case, form)))
+    {
+        let graph = case.graph(precision).expect("the cases are sound");
         for launch in graph
-            .launches(&capabilities)
+            .launches(capabilities)
             .expect("the cases fit every WebGPU device")
         {
+            let form = if launch.shader.name.contains("f16") {
+                form
+            } else {
+                ""
+            };
             let constants: Vec<String> = launch
                 .constants
                 .iter()
                 .map(|(name, value)| format!("{name}={value}"))
                 .collect();
             let name = format!(
-                "shaders::{}::{} {}",
+                "shaders::{}{form}::{} {}",
                 launch.shader.name,
                 launch.entry,
                 constants.join(" ")
@@ -41,6 +59,11 @@ fn launches() -> BTreeMap<String, Arc<Launch>> {
         }
     }
     found
+}
+
+/// Only the adapters that have `shader-f16` are given such a kernel.
+fn is_native_f16(launch: &Launch) -> bool {
+    launch.shader.source.starts_with("enable f16;")
 }
 
 struct Kernel {
@@ -54,7 +77,12 @@ fn kernel(launch: &Launch) -> Result<Kernel, Failed> {
     let source = launch.shader.source;
     let parsed =
         naga::front::wgsl::parse_str(source).map_err(|error| error.emit_to_string(source))?;
-    let mut validator = Validator::new(ValidationFlags::all(), Features::default());
+    let features = if is_native_f16(launch) {
+        Features::SHADER_FLOAT16
+    } else {
+        Features::SHADER_FLOAT16_IN_FLOAT32
+    };
+    let mut validator = Validator::new(ValidationFlags::all(), features);
     let info = validator
         .validate(&parsed)
         .map_err(|error| error.emit_to_string(source))?;
@@ -191,8 +219,8 @@ fn limits_are_kept(kernel: &Kernel, launch: &Launch) -> Result<(), Failed> {
     Ok(())
 }
 
-/// SPIR-V with and without checks, MSL, HLSL and GLSL ES come out.
-fn translations_exist(kernel: &Kernel) -> Result<(), Failed> {
+/// SPIR-V with and without checks, MSL, HLSL and GLSL ES come out; GLSL has no f16.
+fn translations_exist(kernel: &Kernel, native_f16: bool) -> Result<(), Failed> {
     let Kernel {
         module,
         info,
@@ -233,6 +261,11 @@ fn translations_exist(kernel: &Kernel) -> Result<(), Failed> {
         .map_err(|error| format!("MSL: {error}"))?;
     let mut text = String::new();
     let options = hlsl::Options {
+        shader_model: if native_f16 {
+            hlsl::ShaderModel::V6_2
+        } else {
+            hlsl::ShaderModel::V5_1
+        },
         fake_missing_bindings: true,
         ..hlsl::Options::default()
     };
@@ -242,6 +275,9 @@ fn translations_exist(kernel: &Kernel) -> Result<(), Failed> {
     hlsl::Writer::new(&mut text, &options, &pipeline)
         .write(module, info, None)
         .map_err(|error| format!("HLSL: {error}"))?;
+    if native_f16 {
+        return Ok(());
+    }
     let options = glsl::Options {
         version: glsl::Version::new_gles(310),
         ..glsl::Options::default()
@@ -269,7 +305,7 @@ fn check(launch: &Launch) -> Result<(), Failed> {
     let kernel = kernel(launch)?;
     bindings_agree(&kernel, launch)?;
     limits_are_kept(&kernel, launch)?;
-    translations_exist(&kernel)
+    translations_exist(&kernel, is_native_f16(launch))
 }
 
 pub fn trials() -> Vec<Trial> {
