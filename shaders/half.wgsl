@@ -21,26 +21,12 @@ struct Params {
 @group(0) @binding(3) var<storage, read> narrow: array<vec2<u32>>;                  // unpack only
 @group(0) @binding(4) var<storage, read_write> wide_result: array<vec4<f32>>;       // unpack only
 
-// On bits, because WGSL leaves open what becomes of a number that f16 cannot hold. 65,520 (0x477ff000) is where rounding to the
-// nearest leaves the range.
-fn special(value: f32, packed: u32) -> u32 {
-  let bits = bitcast<u32>(value);
-  let magnitude = bits & 0x7fffffffu;
-  let outside = select(0x7c00u, 0x7e00u, magnitude > 0x7f800000u) | ((bits >> 16u) & 0x8000u);
-  return select(packed, outside, magnitude >= 0x477ff000u);
-}
-
-fn narrowed(value: vec2<f32>) -> u32 {
-  let near = pack2x16float(clamp(value, vec2(-65504.0), vec2(65504.0)));
-  return special(value.x, near & 0xffffu) | (special(value.y, near >> 16u) << 16u);
-}
-
 @compute @workgroup_size(WORKGROUP)
 fn pack(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
   let q = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
   if (q * 4u >= params.elements) { return; }
   let v = wide[q];
-  packed_result[q] = vec2(narrowed(v.xy), narrowed(v.zw));
+  packed_result[q] = vec2(half_narrow(v.xy), half_narrow(v.zw));
 }
 
 @compute @workgroup_size(WORKGROUP)

@@ -177,31 +177,8 @@ fn stored(element: Element, form: HalfForm) -> &'static str {
     }
 }
 
-/// What is too large becomes infinite and a NaN stays one on every driver: WGSL leaves both open, and loss scaling looks for them.
-/// 65,520 is where rounding to the nearest f16 leaves the range.
-const NARROW_NATIVE: &str = "
-fn half_narrow(value: f32) -> f16 {
-  let magnitude = bitcast<u32>(value) & 0x7fffffffu;
-  let near = f16(clamp(value, -65504.0, 65504.0));
-  if (magnitude > 0x7f800000u) { return f16(value); }
-  // 65504 + 65504 is beyond the range of f16.
-  return select(near, near + near, magnitude >= 0x477ff000u);
-}
-";
-
-const NARROW_PACKED: &str = "
-fn half_special(value: f32, packed: u32) -> u32 {
-  let bits = bitcast<u32>(value);
-  let magnitude = bits & 0x7fffffffu;
-  let special = select(0x7c00u, 0x7e00u, magnitude > 0x7f800000u) | ((bits >> 16u) & 0x8000u);
-  return select(packed, special, magnitude >= 0x477ff000u);
-}
-
-fn half_narrow(value: vec2<f32>) -> u32 {
-  let packed = pack2x16float(clamp(value, vec2(-65504.0), vec2(65504.0)));
-  return half_special(value.x, packed & 0xffffu) | (half_special(value.y, packed >> 16u) << 16u);
-}
-";
+const NARROW_NATIVE: &str = include_str!("../../shaders/parts/narrow_native.wgsl");
+const NARROW_PACKED: &str = include_str!("../../shaders/parts/narrow_packed.wgsl");
 
 fn functions(one: Declared<'_>, form: HalfForm) -> String {
     let Declared {
@@ -224,13 +201,13 @@ fn functions(one: Declared<'_>, form: HalfForm) -> String {
     let mut text = format!("\nfn half_load_{name}(i: u32) -> {wide} {{ return {read}; }}\n");
     if writable {
         let narrow = match (form, element) {
-            (HalfForm::Native, Element::Scalar) => "half_narrow(v)",
             (HalfForm::Native, Element::Vec2) => "vec2(half_narrow(v.x), half_narrow(v.y))",
             (HalfForm::Native, Element::Vec4) => {
                 "vec4(half_narrow(v.x), half_narrow(v.y), half_narrow(v.z), half_narrow(v.w))"
             }
             (HalfForm::Packed, Element::Vec4) => "vec2(half_narrow(v.xy), half_narrow(v.zw))",
-            (HalfForm::Packed, _) => "half_narrow(v)",
+            // One f16, or the two that share a word.
+            (HalfForm::Native, Element::Scalar) | (HalfForm::Packed, _) => "half_narrow(v)",
         };
         text.push_str(&format!(
             "fn half_store_{name}(i: u32, v: {wide}) {{ {name}[i] = {narrow}; }}\n"

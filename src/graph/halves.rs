@@ -153,7 +153,7 @@ pub(crate) fn conversion(
         Storage::F32 => ("pack", [1, 2]),
         Storage::F16 => ("unpack", [3, 4]),
     };
-    Launch::new(shader!("half"), entry)
+    Launch::new(shader!("half", "narrow_packed"), entry)
         .read(numbers[0], source)
         .write(numbers[1], target)
         .param(elements)

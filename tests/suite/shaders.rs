@@ -20,7 +20,7 @@ fn launches() -> BTreeMap<String, Arc<Launch>> {
     let defaults = Capabilities::webgpu_defaults();
     let with_f16 = Capabilities {
         f16: true,
-        ..defaults.clone()
+        ..defaults
     };
     let forms = [
         (Precision::F32, "", &defaults),
