@@ -3,7 +3,7 @@
 mod support;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use rankmix::ops::{AdamWConstants, Layout, Rotation, Routed};
+use rankmix::ops::{AdamWConstants, CoreMix, Layout, Rotation, Routed};
 use rankmix::{Graph, Init, Result, TensorType, Value};
 
 type Build = Box<dyn Fn(&mut Graph, &[Value]) -> Result<Vec<Value>>>;
@@ -54,7 +54,74 @@ fn benches() -> Vec<Bench> {
         work: elements(1024 * 16),
         build: with_gradient(move |g, v| g.rotate(rotation, v[0], v[1])),
     };
+    let mix_cores = |size, mix: CoreMix, [experts, rank]: [usize; 2]| Bench {
+        op: "mix_cores",
+        size,
+        inputs: vec![
+            f(&[4096, rank]),
+            f(&[experts, rank, rank]),
+            f(&[4096, experts]),
+        ],
+        limit: 1,
+        work: flop(2 * 4096 * experts * rank * rank),
+        build: forward(move |g, v| g.mix_cores(v[0], v[1], v[2], mix)),
+    };
     vec![
+        mix_cores("4096x16_8experts_merge_flop", CoreMix::Merge, [8, 16]),
+        mix_cores("4096x16_8experts_apply_flop", CoreMix::Apply, [8, 16]),
+        mix_cores("4096x16_64experts_merge_flop", CoreMix::Merge, [64, 16]),
+        mix_cores("4096x16_64experts_apply_flop", CoreMix::Apply, [64, 16]),
+        mix_cores("4096x4_32experts_merge_flop", CoreMix::Merge, [32, 4]),
+        mix_cores("4096x4_32experts_apply_flop", CoreMix::Apply, [32, 4]),
+        Bench {
+            op: "mix_cores",
+            size: "4096x16_8experts_forward_backward_flop",
+            inputs: vec![
+                f(&[4096, 16]),
+                f(&[8, 16, 16]),
+                f(&[4096, 8]),
+                f(&[4096, 16]),
+            ],
+            limit: 1,
+            work: flop(6 * 4096 * 8 * 16 * 16),
+            build: Box::new(|g, v| {
+                let u = g.mix_cores(v[0], v[1], v[2], CoreMix::Auto)?;
+                let mut outputs = g.gradients_from(&[(u, v[3])], &v[..3])?;
+                outputs.push(u);
+                Ok(outputs)
+            }),
+        },
+        Bench {
+            op: "mix_cores",
+            size: "4096x16_top2_of_8experts_forward_backward_flop",
+            inputs: vec![
+                f(&[4096, 16]),
+                f(&[8, 16, 16]),
+                f(&[4096, 2]),
+                i(&[4096, 2]),
+                f(&[4096, 16]),
+            ],
+            limit: 8,
+            work: flop(6 * 4096 * 2 * 16 * 16),
+            build: Box::new(|g, v| {
+                let routed = Routed {
+                    gates: v[2],
+                    segments: g.segments(v[3], 8)?,
+                };
+                let u = g.mix_routed_cores(v[0], v[1], routed, CoreMix::Auto)?;
+                let mut outputs = g.gradients_from(&[(u, v[4])], &v[..3])?;
+                outputs.push(u);
+                Ok(outputs)
+            }),
+        },
+        Bench {
+            op: "softmax",
+            size: "4096x64_forward_backward",
+            inputs: vec![f(&[4096, 64]), f(&[4096, 64])],
+            limit: 1,
+            work: elements(4096 * 64),
+            build: with_gradient(|g, v| g.softmax(v[0])),
+        },
         Bench {
             op: "matmul_nt",
             size: "512x1024x1024_flop",

@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 use crate::formats::{TensorFile, read_bytes};
 use crate::graph::{Graph, ParameterStore, Precision, Storage, Value};
 use crate::layers::{
-    AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, RoutedOutput, RouterOptions,
+    AdapterOptions, CoMol, CoreRouting, GateInput, Linear, Lora, MoeLora, RotMole, RoutedOutput,
+    RouterOptions,
 };
 use crate::ops::Rotation;
 use crate::tensor::{Tensor, TensorType};
@@ -43,6 +44,8 @@ struct Config {
     #[serde(default)]
     gate_input: GateInput,
     #[serde(default)]
+    core_router: bool,
+    #[serde(default)]
     balance_coef: f32,
     #[serde(default)]
     z_coef: f32,
@@ -57,7 +60,7 @@ fn default_rotation() -> Rotation {
 pub struct GoldenCase {
     /// The file's name without its ending.
     pub name: String,
-    /// `lora`, `moe_lora` or `rotmole`.
+    /// `lora`, `moe_lora`, `rotmole` or `comol`.
     pub layer: String,
     config: Config,
     file: TensorFile,
@@ -131,9 +134,9 @@ impl GoldenCase {
                 .ok_or_else(|| wrong(format!("the metadata has no `{name}`: not a golden case")))
         };
         let layer = entry("layer")?;
-        if !["lora", "moe_lora", "rotmole"].contains(&layer.as_str()) {
+        if !["lora", "moe_lora", "rotmole", "comol"].contains(&layer.as_str()) {
             return Err(wrong(format!(
-                "the layer `{layer}` is unknown; lora, moe_lora and rotmole can be replayed"
+                "the layer `{layer}` is unknown; lora, moe_lora, rotmole and comol can be replayed"
             )));
         }
         let config: Config = serde_json::from_str(&entry("config")?)
@@ -255,10 +258,28 @@ impl GoldenCase {
         let routed = match self.layer.as_str() {
             "lora" => return Ok((Lora::new(base, options)?.forward(graph, x)?, None)),
             "moe_lora" => MoeLora::new(base, options, router)?.forward(graph, x)?,
+            "comol" => {
+                let output = self.comol(base, options)?.forward(graph, x)?;
+                return Ok((output.output, output.routed_output()));
+            }
             _ => RotMole::with_rotation(base, options, router, config.rotation, config.gate_input)?
                 .forward(graph, x)?,
         };
         Ok((routed.output, Some(routed)))
+    }
+
+    /// A case without `top_k` has a dense gate.
+    fn comol(&self, base: Linear, options: AdapterOptions) -> Result<CoMol> {
+        let layer = CoMol::new(base, options, self.config.experts)?;
+        let layer = layer.with_routing(if self.config.core_router {
+            CoreRouting::Core
+        } else {
+            CoreRouting::Raw
+        });
+        match self.config.top_k {
+            0 => Ok(layer),
+            top_k => layer.with_top_k(top_k),
+        }
     }
 
     fn compare(

@@ -7,13 +7,14 @@ use rankmix::{
     DType, Device, Graph, ParameterStore, Precision, Result, Session, Tensor, TensorType, Value,
 };
 
-type Build = Box<dyn Fn(&mut Graph, &[Value]) -> Result<Vec<Value>> + Send + Sync>;
+/// Appends the operations under test and returns their results.
+pub type Build = Box<dyn Fn(&mut Graph, &[Value]) -> Result<Vec<Value>> + Send + Sync>;
 
 /// A small graph on concrete inputs.
 pub struct Case {
     pub name: String,
     pub inputs: Vec<Tensor>,
-    build: Build,
+    pub build: Build,
     /// Whether gradients of the float results with respect to the float inputs exist and are checked.
     pub differentiable: bool,
 }

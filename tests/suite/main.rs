@@ -3,6 +3,7 @@
 
 mod case;
 mod cases;
+mod comol;
 mod devices;
 mod golden;
 mod gradients;
@@ -22,6 +23,7 @@ use libtest_mimic::Arguments;
 fn main() {
     let arguments = Arguments::from_args();
     let trials = [
+        comol::trials(),
         gradients::trials(),
         parity::trials(),
         golden::trials(),

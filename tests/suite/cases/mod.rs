@@ -1,6 +1,7 @@
 //! The cases, one file for each family of operations.
 
 mod arithmetic;
+mod cores;
 mod grouped;
 mod model_parts;
 mod products;
@@ -12,6 +13,7 @@ use crate::case::Case;
 pub fn all() -> Vec<Case> {
     [
         arithmetic::cases(),
+        cores::cases(),
         products::cases(),
         grouped::cases(),
         model_parts::cases(),

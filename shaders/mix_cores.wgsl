@@ -1,0 +1,203 @@
+// CoMoL's mixture of core matrices. For a token with gates g over its slots, and the expert e of each slot:
+//
+//   apply       u[j] = sum over the slots of g M[e]^T z:   (sum_i M[e][i, j] z[i]) for one expert after another
+//   merge       u[j] = sum_i C[i, j] z[i],   C[i, j] = sum over the slots of g M[e][i, j]:   4 elements of C at a time, in registers
+//   backward    w = M[e] du for every slot;   dz = sum over the slots of g w;   dg = <z, w>
+//
+//               apply and merge are one triple sum in two orders, with the same r^2 multiply-adds a slot; apply scales r numbers a
+//               slot by a gate, merge applies r^2 merged ones a token. In neither is a token's matrix written to memory.
+//
+// Layouts       z, u, du, dz: [tokens, r];  core: [experts, r, r];  gates, dg: [tokens, slots];
+//               chosen: [tokens, slots] (ROUTED), else slot and expert are the same. An expert past the last is skipped: its part of
+//               u and dz is 0, its dg is 0.
+//               z, core and du are read as vec4s (ALIGNED: r is a multiple of 4), or element by element.
+// Grid          apply, merge: one invocation for 4 elements of a token's u.
+//               backward: one workgroup for WORKGROUP / LANES tokens. The LANES invocations of a token have 4 rows of w each (again
+//               and again, if r > 4 LANES) and leave their parts of dg in workgroup memory, for CHUNK slots between two barriers;
+//               then one invocation adds up the parts of a slot, in the order of the rows. Folded into (x, y).
+
+override WORKGROUP: u32 = 64u;
+override LANES: u32 = 4u;
+override ROUTED: bool = false;
+override ALIGNED: bool = true;
+
+const CHUNK = 16u;
+
+struct Params {
+  tokens: u32,
+  slots: u32,
+  experts: u32,
+  rank: u32,
+  blocks: u32, // of 4 in a row
+  groups_per_row: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> z: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> core: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> gates: array<f32>;
+@group(0) @binding(4) var<storage, read> chosen: array<u32>;
+@group(0) @binding(5) var<storage, read> du: array<vec4<f32>>;           // backward only
+@group(0) @binding(6) var<storage, read_write> out_rows: array<f32>;     // apply, merge: u, backward: dz
+@group(0) @binding(7) var<storage, read_write> d_gates: array<f32>;      // backward only
+
+var<workgroup> parts: array<f32, CHUNK * WORKGROUP>;
+
+fn expert_of(token: u32, slot: u32) -> u32 {
+  if (ROUTED) { return chosen[token * params.slots + slot]; }
+  return slot;
+}
+
+fn z_element(index: u32, inside: bool) -> f32 {
+  if (!inside) { return 0.0; }
+  return z[index >> 2u][index & 3u];
+}
+
+fn du_element(index: u32, inside: bool) -> f32 {
+  if (!inside) { return 0.0; }
+  return du[index >> 2u][index & 3u];
+}
+
+fn core_element(index: u32, inside: bool) -> f32 {
+  if (!inside) { return 0.0; }
+  return core[index >> 2u][index & 3u];
+}
+
+// 4 elements of a row, 0 past its end.
+fn z_block(token: u32, i: u32) -> vec4<f32> {
+  let at = token * params.rank + i;
+  if (ALIGNED) {
+    if (i >= params.rank) { return vec4(0.0); }
+    return z[at >> 2u];
+  }
+  let r = params.rank;
+  return vec4(z_element(at, i < r), z_element(at + 1u, i + 1u < r), z_element(at + 2u, i + 2u < r), z_element(at + 3u, i + 3u < r));
+}
+
+fn du_block(token: u32, j: u32) -> vec4<f32> {
+  let at = token * params.rank + j;
+  if (ALIGNED) { return du[at >> 2u]; }
+  let r = params.rank;
+  return vec4(du_element(at, j < r), du_element(at + 1u, j + 1u < r), du_element(at + 2u, j + 2u < r), du_element(at + 3u, j + 3u < r));
+}
+
+// 4 elements of a row of an expert's matrix, 0 past its end; a row past the last is the last.
+fn core_block(expert: u32, row: u32, j: u32) -> vec4<f32> {
+  let r = params.rank;
+  let at = (expert * r + min(row, r - 1u)) * r + j;
+  if (ALIGNED) { return core[at >> 2u]; }
+  return vec4(core_element(at, j < r), core_element(at + 1u, j + 1u < r), core_element(at + 2u, j + 2u < r),
+    core_element(at + 3u, j + 3u < r));
+}
+
+fn store(token: u32, j: u32, v: vec4<f32>) {
+  if (j >= params.rank) { return; }
+  let at = token * params.rank + j;
+  let rest = params.rank - j;
+  out_rows[at] = v.x;
+  if (rest > 1u) { out_rows[at + 1u] = v.y; }
+  if (rest > 2u) { out_rows[at + 2u] = v.z; }
+  if (rest > 3u) { out_rows[at + 3u] = v.w; }
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn apply(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+  let block = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
+  if (block >= params.tokens * params.blocks) { return; }
+  let token = block / params.blocks;
+  let j = (block % params.blocks) * 4u;
+  var u = vec4(0.0);
+  for (var slot = 0u; slot < params.slots; slot++) {
+    let expert = expert_of(token, slot);
+    if (expert >= params.experts) { continue; }
+    var part = vec4(0.0);
+    for (var i = 0u; i < params.rank; i += 4u) {
+      // rows past the last meet zeros of z
+      let x = z_block(token, i);
+      part += x.x * core_block(expert, i, j) + x.y * core_block(expert, i + 1u, j)
+        + x.z * core_block(expert, i + 2u, j) + x.w * core_block(expert, i + 3u, j);
+    }
+    u += gates[token * params.slots + slot] * part;
+  }
+  store(token, j, u);
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn merge(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+  let block = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
+  if (block >= params.tokens * params.blocks) { return; }
+  let token = block / params.blocks;
+  let j = (block % params.blocks) * 4u;
+  var u = vec4(0.0);
+  for (var i = 0u; i < params.rank; i += 4u) {
+    var c0 = vec4(0.0);
+    var c1 = vec4(0.0);
+    var c2 = vec4(0.0);
+    var c3 = vec4(0.0);
+    for (var slot = 0u; slot < params.slots; slot++) {
+      let expert = expert_of(token, slot);
+      if (expert >= params.experts) { continue; }
+      let gate = gates[token * params.slots + slot];
+      c0 += gate * core_block(expert, i, j);
+      c1 += gate * core_block(expert, i + 1u, j);
+      c2 += gate * core_block(expert, i + 2u, j);
+      c3 += gate * core_block(expert, i + 3u, j);
+    }
+    let x = z_block(token, i);
+    u += x.x * c0 + x.y * c1 + x.z * c2 + x.w * c3;
+  }
+  store(token, j, u);
+}
+
+// 4 rows of M[expert] du.
+fn rows_times_du(expert: u32, i: u32, token: u32) -> vec4<f32> {
+  var w = vec4(0.0);
+  for (var j = 0u; j < params.rank; j += 4u) {
+    let d = du_block(token, j);
+    w += vec4(dot(core_block(expert, i, j), d), dot(core_block(expert, i + 1u, j), d),
+      dot(core_block(expert, i + 2u, j), d), dot(core_block(expert, i + 3u, j), d));
+  }
+  return w;
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn backward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+  let tokens_here = WORKGROUP / LANES;
+  let first_token = (workgroup.y * params.groups_per_row + workgroup.x) * tokens_here;
+  if (first_token >= params.tokens) { return; }
+  // Invocations past the last token compute the last one again, so that all meet the barriers.
+  let token = min(first_token + local / LANES, params.tokens - 1u);
+  let is_token = first_token + local / LANES < params.tokens;
+  for (var first_block = 0u; first_block < params.blocks; first_block += LANES) {
+    let i = (first_block + local % LANES) * 4u;
+    let x = z_block(token, i);
+    var dz = vec4(0.0);
+    for (var first_slot = 0u; first_slot < params.slots; first_slot += CHUNK) {
+      let count = min(CHUNK, params.slots - first_slot);
+      for (var c = 0u; c < count; c++) {
+        let expert = expert_of(token, first_slot + c);
+        var part = 0.0;
+        if (expert < params.experts && i < params.rank) {
+          let w = rows_times_du(expert, i, token);
+          dz += gates[token * params.slots + first_slot + c] * w;
+          part = dot(x, w);
+        }
+        parts[c * WORKGROUP + local] = part;
+      }
+      workgroupBarrier();
+      for (var q = local; q < count * tokens_here; q += WORKGROUP) {
+        let c = q / tokens_here;
+        let here = q % tokens_here;
+        if (first_token + here < params.tokens) {
+          var sum = 0.0;
+          for (var lane = 0u; lane < LANES; lane++) { sum += parts[c * WORKGROUP + here * LANES + lane]; }
+          let at = (first_token + here) * params.slots + first_slot + c;
+          // The same invocation has this element in every round of rows.
+          if (first_block == 0u) { d_gates[at] = sum; } else { d_gates[at] += sum; }
+        }
+      }
+      workgroupBarrier();
+    }
+    if (is_token) { store(token, i, dz); }
+  }
+}

@@ -1,0 +1,349 @@
+//! CoMoL's soft merge (section 5 of the mathematics): `u[t] = sum_e g[t, e] M[e]ᵀ z[t]`, without a matrix a token in memory.
+
+use rayon::prelude::*;
+
+use crate::device::{Capabilities, Launch, Launches, Slot};
+use crate::error::{Error, Result};
+use crate::graph::{Backward, Graph, Value};
+use crate::host_reference;
+use crate::ops::core_gradient::CoreGradient;
+use crate::ops::segment_outer::SegmentOuter;
+use crate::ops::segments::expect_segments;
+use crate::ops::{
+    HostIo, LaunchTypes, Op, Real, Routed, Segments, dims_f32, expect_count, expect_f32,
+    expect_i32, shader,
+};
+use crate::tensor::TensorType;
+
+const WORKGROUP: usize = 64;
+/// Elements of a row that one invocation has, as in `shaders/mix_cores.wgsl`.
+const TILE: usize = 4;
+/// The most invocations of the backward kernel that share a token.
+const MAX_LANES: usize = 16;
+
+/// In which order the soft merge is summed. The results are equal up to rounding; with S slots (the experts of a dense gate, or
+/// top-k) and rank r, both take S r² multiply-adds a token, and more as follows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum CoreMix {
+    /// `Merge` if there are more slots than the rank, else `Apply`: the order that adds less to the S r².
+    #[default]
+    Auto,
+    /// The token's matrix `C = sum_e g_e M_e` first, in registers, then `Cᵀ z`: r² more multiply-adds.
+    Merge,
+    /// `M_eᵀ z` for each expert, mixed by the gates: S r more.
+    Apply,
+}
+
+impl CoreMix {
+    /// Whether the cores are merged first.
+    fn merges(self, slots: usize, rank: usize) -> bool {
+        match self {
+            Self::Auto => slots > rank,
+            Self::Merge => true,
+            Self::Apply => false,
+        }
+    }
+}
+
+/// Inputs: z `[tokens, rank]`, core `[experts, rank, rank]`, gates `[tokens, slots]`; if `routed` the experts `[tokens, slots]`, the
+/// order and the offsets.
+#[derive(Clone, Copy, Debug)]
+struct MixCores {
+    mix: CoreMix,
+    routed: bool,
+}
+
+/// Inputs: z, core, gates, du; if `routed` the experts. Outputs: dz, the gradient of the gates.
+#[derive(Clone, Copy, Debug)]
+struct MixCoresBackward {
+    routed: bool,
+}
+
+impl Graph {
+    /// `u[t] = sum over the experts e of gates[t, e] M[e]ᵀ z[t]`: `z` is `[tokens, rank]`, `core` `[experts, rank, rank]`, `gates`
+    /// `[tokens, experts]`, the result `[tokens, rank]` (arXiv 2603.00573, soft merging; any rank).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the shapes do not fit.
+    pub fn mix_cores(
+        &mut self,
+        z: Value,
+        core: Value,
+        gates: Value,
+        mix: CoreMix,
+    ) -> Result<Value> {
+        let routed = false;
+        self.apply1(MixCores { mix, routed }, &[z, core, gates])
+    }
+
+    /// [`Graph::mix_cores`] over the experts that each token was routed to.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the shapes do not fit.
+    pub fn mix_routed_cores(
+        &mut self,
+        z: Value,
+        core: Value,
+        routed: Routed,
+        mix: CoreMix,
+    ) -> Result<Value> {
+        let Segments {
+            experts,
+            order,
+            offsets,
+        } = routed.segments;
+        let inputs = [z, core, routed.gates, experts, order, offsets];
+        self.apply1(MixCores { mix, routed: true }, &inputs)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Sizes {
+    tokens: usize,
+    slots: usize,
+    experts: usize,
+    rank: usize,
+}
+
+/// Checks z, core, gates, and the experts if there are any.
+fn sizes(op: &'static str, inputs: &[TensorType], chosen: Option<&TensorType>) -> Result<Sizes> {
+    let [tokens, rank] = dims_f32(op, "the latents", &inputs[0])?;
+    let [experts, ..] = dims_f32::<3>(op, "the core matrices", &inputs[1])?;
+    expect_f32(op, "the core matrices", &inputs[1], &[experts, rank, rank])?;
+    let [_, slots] = dims_f32(op, "the gates", &inputs[2])?;
+    expect_f32(op, "the gates", &inputs[2], &[tokens, slots])?;
+    match chosen {
+        Some(chosen) => expect_i32(op, "the experts", chosen, &[tokens, slots])?,
+        None if slots != experts => {
+            return Err(Error::shape(
+                op,
+                format!("{slots} gates a token for {experts} experts"),
+            ));
+        }
+        None => {}
+    }
+    Ok(Sizes {
+        tokens,
+        slots,
+        experts,
+        rank,
+    })
+}
+
+/// The matrices of a token's experts, each with its slot; an expert past the last is skipped.
+fn cores<'a, R: Real>(
+    core: &'a [R],
+    rank: usize,
+    slots: usize,
+    chosen: Option<&'a [i32]>,
+    token: usize,
+) -> impl Iterator<Item = (usize, &'a [R])> + Clone {
+    (0..slots).filter_map(move |slot| {
+        let expert = match chosen {
+            Some(chosen) => usize::try_from(chosen[token * slots + slot]).ok()?,
+            None => slot,
+        };
+        let matrix = core.chunks_exact(rank * rank).nth(expert)?;
+        Some((slot, matrix))
+    })
+}
+
+fn launch(entry: &'static str, sizes: Sizes, routed: bool) -> Launch {
+    let Sizes {
+        tokens,
+        slots,
+        experts,
+        rank,
+    } = sizes;
+    Launch::new(shader!("mix_cores"), entry)
+        .constant("ROUTED", routed)
+        .constant("ALIGNED", rank.is_multiple_of(TILE))
+        .param(tokens)
+        .param(slots)
+        .param(experts)
+        .param(rank)
+        .param(rank.div_ceil(TILE))
+}
+
+impl MixCores {
+    fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
+        let (rank, slots) = (
+            io.input_type(0)?.shape.last(),
+            io.input_type(2)?.shape.last(),
+        );
+        let (z, core, gates) = (io.floats(0)?, io.floats(1)?, io.floats(2)?);
+        let chosen = if self.routed { Some(io.ints(3)?) } else { None };
+        let u = io.floats_out(0)?;
+        let rows = u.par_chunks_mut(rank).zip(z.par_chunks(rank)).enumerate();
+        let merges = self.mix.merges(slots, rank);
+        rows.for_each(|(token, (u, z))| {
+            u.fill(R::zero());
+            let gates = &gates[token * slots..(token + 1) * slots];
+            let cores = cores(core, rank, slots, chosen, token);
+            if merges {
+                let mut merged = vec![R::zero(); rank * rank];
+                for (slot, matrix) in cores {
+                    for (merged, &m) in merged.iter_mut().zip(matrix) {
+                        *merged += gates[slot] * m;
+                    }
+                }
+                for (row, &z) in merged.chunks(rank).zip(z) {
+                    for (u, &m) in u.iter_mut().zip(row) {
+                        *u += z * m;
+                    }
+                }
+            } else {
+                let mut part = vec![R::zero(); rank];
+                for (slot, matrix) in cores {
+                    part.fill(R::zero());
+                    for (row, &z) in matrix.chunks(rank).zip(z) {
+                        for (part, &m) in part.iter_mut().zip(row) {
+                            *part += z * m;
+                        }
+                    }
+                    for (u, &part) in u.iter_mut().zip(&part) {
+                        *u += gates[slot] * part;
+                    }
+                }
+            }
+        });
+        Ok(())
+    }
+}
+
+impl Op for MixCores {
+    fn name(&self) -> &'static str {
+        "mix_cores"
+    }
+
+    fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
+        expect_count(self.name(), inputs, if self.routed { 6 } else { 3 })?;
+        let Sizes {
+            tokens,
+            experts,
+            rank,
+            ..
+        } = sizes(self.name(), inputs, inputs.get(3))?;
+        if self.routed {
+            expect_segments(self.name(), &inputs[4], &inputs[5], experts)?;
+        }
+        Ok(vec![TensorType::f32([tokens, rank])])
+    }
+
+    fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
+        let Some(du) = context.gradient(0) else {
+            return Ok(());
+        };
+        let [z, core, gates] = [0, 1, 2].map(|input| context.input(input));
+        let routed = self.routed;
+        if context.wants(0) || context.wants(2) {
+            let chosen = routed.then(|| context.input(3));
+            let inputs: Vec<Value> = [z, core, gates, du].into_iter().chain(chosen).collect();
+            let gradients = context.graph.apply(MixCoresBackward { routed }, &inputs)?;
+            for (input, gradient) in [(0, gradients[0]), (2, gradients[1])] {
+                if context.wants(input) {
+                    context.add(input, gradient)?;
+                }
+            }
+        }
+        if context.wants(1) {
+            let gradient = if routed {
+                let op = SegmentOuter {
+                    scale: 1.0,
+                    gated: true,
+                };
+                let (order, offsets) = (context.input(4), context.input(5));
+                context.graph.apply1(op, &[z, du, order, offsets, gates])?
+            } else {
+                context.graph.apply1(CoreGradient, &[z, du, gates])?
+            };
+            context.add(1, gradient)?;
+        }
+        Ok(())
+    }
+
+    fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
+        let sizes = sizes(self.name(), io.inputs, io.inputs.get(3))?;
+        let entry = if self.mix.merges(sizes.slots, sizes.rank) {
+            "merge"
+        } else {
+            "apply"
+        };
+        // Without routing the binding is not read: any buffer will do.
+        let chosen = Slot::Input(if self.routed { 3 } else { 0 });
+        let blocks = sizes.tokens * sizes.rank.div_ceil(TILE);
+        let launch = launch(entry, sizes, self.routed)
+            .read(1, Slot::Input(0))
+            .read(2, Slot::Input(1))
+            .read(3, Slot::Input(2))
+            .read(4, chosen)
+            .write(6, Slot::Output(0))
+            .folded(blocks.div_ceil(WORKGROUP), capabilities)?;
+        Ok(launch.into())
+    }
+
+    host_reference!();
+}
+
+impl MixCoresBackward {
+    fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
+        let (rank, slots) = (
+            io.input_type(0)?.shape.last(),
+            io.input_type(2)?.shape.last(),
+        );
+        let (z, core, gates, du) = (io.floats(0)?, io.floats(1)?, io.floats(2)?, io.floats(3)?);
+        let chosen = if self.routed { Some(io.ints(4)?) } else { None };
+        let (dz, d_gates) = (io.floats_out(0)?, io.floats_out(1)?);
+        let rows = dz
+            .par_chunks_mut(rank)
+            .zip(d_gates.par_chunks_mut(slots))
+            .enumerate();
+        rows.for_each(|(token, (dz, d_gates))| {
+            dz.fill(R::zero());
+            d_gates.fill(R::zero());
+            let here = token * rank..(token + 1) * rank;
+            let (z, du) = (&z[here.clone()], &du[here]);
+            for (slot, matrix) in cores(core, rank, slots, chosen, token) {
+                let gate = gates[token * slots + slot];
+                for ((row, &z), dz) in matrix.chunks(rank).zip(z).zip(&mut *dz) {
+                    let w: R = row.iter().zip(du).map(|(&m, &du)| m * du).sum();
+                    *dz += gate * w;
+                    d_gates[slot] += z * w;
+                }
+            }
+        });
+        Ok(())
+    }
+}
+
+impl Op for MixCoresBackward {
+    fn name(&self) -> &'static str {
+        "mix_cores_backward"
+    }
+
+    fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
+        expect_count(self.name(), inputs, 4 + usize::from(self.routed))?;
+        sizes(self.name(), inputs, inputs.get(4))?;
+        expect_f32(self.name(), "du", &inputs[3], inputs[0].dims())?;
+        Ok(vec![inputs[0].clone(), inputs[2].clone()])
+    }
+
+    fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
+        let sizes = sizes(self.name(), io.inputs, io.inputs.get(4))?;
+        let lanes = sizes.rank.div_ceil(TILE).next_power_of_two().min(MAX_LANES);
+        let chosen = Slot::Input(if self.routed { 4 } else { 0 });
+        let launch = launch("backward", sizes, self.routed)
+            .constant("LANES", lanes as f64)
+            .read(1, Slot::Input(0))
+            .read(2, Slot::Input(1))
+            .read(3, Slot::Input(2))
+            .read(4, chosen)
+            .read(5, Slot::Input(3))
+            .write(6, Slot::Output(0))
+            .write(7, Slot::Output(1))
+            .folded(sizes.tokens.div_ceil(WORKGROUP / lanes), capabilities)?;
+        Ok(launch.into())
+    }
+
+    host_reference!();
+}

@@ -1,0 +1,109 @@
+//! Softmax, and the soft merge of core matrices.
+
+use rankmix::ops::{CoreMix, Routed};
+use rankmix::{Graph, Result, Tensor, Value};
+
+use crate::case::{Case, floats, floats_in, ints};
+
+/// Under a dense gate: tokens, experts, rank.
+fn dense(mix: CoreMix, [tokens, experts, rank]: [usize; 3]) -> Case {
+    let inputs = vec![
+        floats(&[tokens, rank], 90),
+        floats(&[experts, rank, rank], 91),
+        floats(&[tokens, experts], 92),
+    ];
+    let name = format!("mix_cores_{mix:?}_{tokens}_{experts}_{rank}");
+    Case::new(name, inputs, move |g, v| {
+        Ok(vec![g.mix_cores(v[0], v[1], v[2], mix)?])
+    })
+}
+
+/// Experts of tokens, `top_k` different ones each.
+fn chosen([tokens, experts, top_k]: [usize; 3]) -> Tensor {
+    let starts = ints(&[tokens], 93, experts as u32);
+    let starts = starts.as_i32().unwrap_or_default();
+    let chosen = starts
+        .iter()
+        .flat_map(|&start| (0..top_k).map(move |slot| (start + slot as i32) % experts as i32));
+    Tensor::i32([tokens, top_k], chosen.collect()).expect("top_k experts a token")
+}
+
+/// Under a top-k gate: tokens, experts, top k, rank.
+fn routed(mix: CoreMix, [tokens, experts, top_k, rank]: [usize; 4]) -> Case {
+    let inputs = vec![
+        floats(&[tokens, rank], 94),
+        floats(&[experts, rank, rank], 95),
+        floats(&[tokens, top_k], 96),
+        chosen([tokens, experts, top_k]),
+    ];
+    let name = format!("mix_cores_{mix:?}_{tokens}_{experts}_{rank}_top{top_k}");
+    Case::new(name, inputs, move |g, v| {
+        let segments = g.segments(v[3], experts)?;
+        let gates = v[2];
+        Ok(vec![g.mix_routed_cores(
+            v[0],
+            v[1],
+            Routed { gates, segments },
+            mix,
+        )?])
+    })
+}
+
+/// Both directions of a case, for sizes at which central differences would take too long.
+fn both_ways(mut case: Case, upstream: [usize; 2]) -> Case {
+    let forward = case.build;
+    let floats_of_case = case.inputs.iter().filter(|t| t.as_i32().is_none()).count();
+    case.inputs.push(floats(&upstream, 97));
+    case.build = Box::new(move |g: &mut Graph, v: &[Value]| -> Result<Vec<Value>> {
+        let y = forward(g, &v[..v.len() - 1])?[0];
+        let mut results = g.gradients_from(&[(y, v[v.len() - 1])], &v[..floats_of_case])?;
+        results.push(y);
+        Ok(results)
+    });
+    case.name = format!("{}_both_ways", case.name);
+    case.forward_only()
+}
+
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for mix in [CoreMix::Merge, CoreMix::Apply] {
+        for sizes in [[1, 1, 1], [3, 4, 2], [5, 2, 5], [2, 5, 4], [7, 3, 3]] {
+            cases.push(dense(mix, sizes));
+        }
+        for sizes in [[1, 1, 1, 1], [3, 4, 2, 4], [5, 3, 3, 5], [2, 6, 1, 3]] {
+            cases.push(routed(mix, sizes));
+        }
+        for sizes in [
+            [133, 8, 16],
+            [70, 64, 5],
+            [33, 1, 64],
+            [7, 64, 16],
+            [300, 2, 3],
+            [9, 19, 66],
+            [2, 2, 130],
+        ] {
+            cases.push(both_ways(dense(mix, sizes), [sizes[0], sizes[2]]));
+        }
+        for sizes in [[133, 8, 2, 16], [70, 64, 8, 5], [9, 20, 17, 66]] {
+            cases.push(both_ways(routed(mix, sizes), [sizes[0], sizes[3]]));
+        }
+    }
+    // The choice by shape takes both ways.
+    cases.push(dense(CoreMix::Auto, [3, 3, 2]));
+    cases.push(dense(CoreMix::Auto, [3, 2, 3]));
+
+    for (rows, columns, spread) in [(1, 1, 1.0), (3, 5, 2.0), (2, 70, 3.0), (7, 2, 8.0)] {
+        let name = format!("softmax_{rows}_{columns}_{spread}");
+        let logits = floats_in(&[rows, columns], 98, -spread, spread);
+        cases.push(Case::new(name, vec![logits], |g, v| {
+            Ok(vec![g.softmax(v[0])?])
+        }));
+    }
+    for (rows, columns, spread) in [(133, 64, 20.0), (2, 1500, 3.0), (65, 8, 60.0)] {
+        let name = format!("softmax_{rows}_{columns}_{spread}");
+        let logits = floats_in(&[rows, columns], 99, -spread, spread);
+        let case = Case::new(name, vec![logits], |g, v| Ok(vec![g.softmax(v[0])?]));
+        cases.push(both_ways(case, [rows, columns]));
+    }
+    cases
+}
