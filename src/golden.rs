@@ -35,18 +35,16 @@ struct Config {
     experts: usize,
     #[serde(default)]
     top_k: usize,
-    #[serde(default = "default_rotation")]
+    #[serde(default)]
     rotation: Rotation,
     #[serde(default)]
     gate_input: GateInput,
     #[serde(default)]
+    bounded: bool,
+    #[serde(default)]
     balance_coef: f32,
     #[serde(default)]
     z_coef: f32,
-}
-
-fn default_rotation() -> Rotation {
-    Rotation::Planes
 }
 
 /// A golden case.
@@ -230,8 +228,17 @@ impl GoldenCase {
         let routed = match self.layer.as_str() {
             "lora" => return Ok((Lora::new(base, options)?.forward(graph, x)?, None)),
             "moe_lora" => MoeLora::new(base, options, router)?.forward(graph, x)?,
-            _ => RotMole::with_rotation(base, options, router, config.rotation, config.gate_input)?
-                .forward(graph, x)?,
+            _ => {
+                let mut layer = RotMole::with_rotation(
+                    base,
+                    options,
+                    router,
+                    config.rotation,
+                    config.gate_input,
+                )?;
+                layer.bounded = config.bounded;
+                layer.forward(graph, x)?
+            }
         };
         Ok((routed.output, Some(routed)))
     }
