@@ -346,3 +346,25 @@ impl<K: Kind> Op for RotateBackward<K> {
 
     host_reference!();
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_what_files_and_command_lines_hold() {
+        let wide = Rotation::BrickWall { layers: 31 };
+        for rotation in Rotation::ALL.into_iter().chain([wide]) {
+            let name = rotation.to_string();
+            assert_eq!(name.parse::<Rotation>().expect("its own name"), rotation);
+            let json = serde_json::to_string(&rotation).expect("a name");
+            assert_eq!(json, format!("\"{name}\""));
+            assert_eq!(
+                serde_json::from_str::<Rotation>(&json).expect("its own name"),
+                rotation
+            );
+        }
+        assert_eq!(wide.to_string(), "brick_wall:31");
+        assert!(serde_json::from_str::<Rotation>("\"brick_wall:0\"").is_err());
+    }
+}
