@@ -63,9 +63,8 @@ pub struct RotMole {
     pub rotation: Rotation,
     /// What the rotation gate looks at.
     pub gate_input: GateInput,
-    /// Whether `p_j` is π tanh(V_j h), each number within ±π. For rotations made of angles that is every angle there is; for
-    /// [`Rotation::Cayley`] and [`Rotation::Householder`] it bounds the entries of the generator, and so how near they come to turning
-    /// a plane by π.
+    /// Whether π tanh `p_j` takes the place of `p_j`, so that each number is within ±π. For rotations made of angles that leaves every
+    /// angle there is; for [`Rotation::Cayley`] and [`Rotation::Householder`] the same bound is on the entries of the generator.
     pub bounded: bool,
 }
 

@@ -31,8 +31,9 @@ pub enum Rotation {
     Givens,
     /// (I - Q)⁻¹ (I + Q) with Q skew-symmetric: r (r - 1) / 2 numbers.
     Cayley,
-    /// ⌈log₂ r⌉ stages of plane rotations: stage s turns the pairs (i, i + 2ˢ) where bit s of i is 0 and i + 2ˢ < r. Every coordinate
-    /// meets every other: r / 2 log₂ r numbers for a power of two, fewer pairs for another rank.
+    /// ⌈log₂ r⌉ stages of plane rotations: stage s turns the pairs (i, i + 2ˢ) where bit s of i is 0 and i + 2ˢ < r. Where r is a power of
+    /// two, these are r / 2 log₂ r numbers, and every coordinate of the result depends on every coordinate of what is rotated; another
+    /// rank has fewer pairs.
     Butterfly,
     /// Layers of plane rotations of neighbours: (0, 1), (2, 3) … in the first, (1, 2), (3, 4) … in the second, and so on in turn. About
     /// r / 2 numbers a layer; r layers have as many as a Givens chain.

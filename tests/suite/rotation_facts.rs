@@ -234,16 +234,14 @@ pub fn trials() -> Vec<Trial> {
             lengths_are_kept(device, rotation, rank, 1e4)
         }));
     }
-    let single: [(&str, fn(&Device) -> Result<(), Failed>); 3] = [
-        ("cos_sin_is_right", cos_sin_is_right),
-        ("tanh_is_right", tanh_is_right),
-        (
-            "a_reflection_along_nothing_is_left_out",
-            a_reflection_along_nothing_is_left_out,
-        ),
-    ];
-    for (fact, check) in single {
-        trials.extend(devices::trials(&format!("rotation::{fact}"), check));
-    }
+    trials.extend(devices::trials(
+        "rotation::cos_sin_is_right",
+        cos_sin_is_right,
+    ));
+    trials.extend(devices::trials("rotation::tanh_is_right", tanh_is_right));
+    trials.extend(devices::trials(
+        "rotation::a_reflection_along_nothing_is_left_out",
+        a_reflection_along_nothing_is_left_out,
+    ));
     trials
 }
