@@ -46,10 +46,14 @@ fn benches() -> Vec<Bench> {
     const D: usize = 1024;
     let elements = |count: usize| Throughput::Elements(count as u64);
     let flop = |count: usize| Throughput::Elements(count as u64);
-    let rotate = |rotation: Rotation, numbers: usize| Bench {
-        op: rotation.name(),
+    let rotate = |op: &'static str, rotation: Rotation| Bench {
+        op,
         size: "1024x16_forward_backward",
-        inputs: vec![f(&[1024, 16]), f(&[1024, numbers]), f(&[1024, 16])],
+        inputs: vec![
+            f(&[1024, 16]),
+            f(&[1024, rotation.numbers(16).expect("every kind has rank 16")]),
+            f(&[1024, 16]),
+        ],
         limit: 1,
         work: elements(1024 * 16),
         build: with_gradient(move |g, v| g.rotate(rotation, v[0], v[1])),
@@ -291,9 +295,20 @@ fn benches() -> Vec<Bench> {
             work: elements(4096 * 64),
             build: with_gradient(|g, v| g.embedding(v[0], v[1])),
         },
-        rotate(Rotation::Planes, 8),
-        rotate(Rotation::Givens, 120),
-        rotate(Rotation::Cayley, 120),
+        Bench {
+            op: "tanh",
+            size: "512x1024_forward_backward",
+            inputs: vec![f(&[T, D]), f(&[T, D])],
+            limit: 1,
+            work: elements(T * D),
+            build: with_gradient(|g, v| g.tanh(v[0])),
+        },
+        rotate("planes", Rotation::Planes),
+        rotate("givens", Rotation::Givens),
+        rotate("cayley", Rotation::Cayley),
+        rotate("butterfly", Rotation::Butterfly),
+        rotate("brick_wall_4", Rotation::BrickWall { layers: 4 }),
+        rotate("householder", Rotation::Householder),
     ]
 }
 

@@ -15,16 +15,22 @@ const TOP_K: usize = 2;
 
 fn run(criterion: &mut Criterion) {
     let devices = support::devices();
-    for rotation in [Rotation::Planes, Rotation::Givens, Rotation::Cayley] {
+    let kinds = Rotation::ALL.map(|rotation| (rotation, GateInput::Input));
+    let still = (Rotation::Planes, GateInput::Static);
+    for (rotation, gate_input) in kinds.into_iter().chain([still]) {
         let layer = RotMole::with_rotation(
             Linear::new("layer", WIDTH, WIDTH),
             AdapterOptions::new(RANK, 32.0),
             RouterOptions::new(EXPERTS, TOP_K),
             rotation,
-            GateInput::Input,
+            gate_input,
         )
         .expect("the sizes suit the layer");
-        let mut group = criterion.benchmark_group(format!("rotmole_{}", rotation.name()));
+        let name = match gate_input {
+            GateInput::Static => format!("rotmole_{rotation}_static"),
+            _ => format!("rotmole_{rotation}"),
+        };
+        let mut group = criterion.benchmark_group(name);
         // Multiply-adds of the base, twice: what everything else is measured against.
         group
             .throughput(Throughput::Elements((2 * TOKENS * WIDTH * WIDTH) as u64))

@@ -39,20 +39,18 @@ struct Config {
     experts: usize,
     #[serde(default)]
     top_k: usize,
-    #[serde(default = "default_rotation")]
+    #[serde(default)]
     rotation: Rotation,
     #[serde(default)]
     gate_input: GateInput,
     #[serde(default)]
     core_router: bool,
     #[serde(default)]
+    bounded: bool,
+    #[serde(default)]
     balance_coef: f32,
     #[serde(default)]
     z_coef: f32,
-}
-
-fn default_rotation() -> Rotation {
-    Rotation::Planes
 }
 
 /// A golden case.
@@ -262,8 +260,17 @@ impl GoldenCase {
                 let output = self.comol(base, options)?.forward(graph, x)?;
                 return Ok((output.output, output.routed_output()));
             }
-            _ => RotMole::with_rotation(base, options, router, config.rotation, config.gate_input)?
-                .forward(graph, x)?,
+            _ => {
+                let mut layer = RotMole::with_rotation(
+                    base,
+                    options,
+                    router,
+                    config.rotation,
+                    config.gate_input,
+                )?;
+                layer.bounded = config.bounded;
+                layer.forward(graph, x)?
+            }
         };
         Ok((routed.output, Some(routed)))
     }

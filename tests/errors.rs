@@ -118,7 +118,31 @@ fn layers_refuse_settings_that_make_no_sense() {
         "spin".parse::<Rotation>(),
         Error::Setting { .. },
         "spin",
-        "planes, givens and cayley"
+        "planes, givens, cayley, butterfly, householder, and brick_wall:N"
+    );
+    for wall in ["brick_wall", "brick_wall:", "brick_wall:0", "brick_wall:-1"] {
+        assert!(
+            matches!(wall.parse::<Rotation>(), Err(Error::Setting { .. })),
+            "{wall}"
+        );
+    }
+    assert_error!(
+        Rotation::BrickWall { layers: 0 }.numbers(4),
+        Error::Setting { .. },
+        "layers = 0"
+    );
+    let layers = usize::MAX;
+    assert_error!(
+        Rotation::BrickWall { layers }.numbers(4),
+        Error::Limit { .. },
+        "brick_wall",
+        "2147483647"
+    );
+    assert_error!(
+        "clock".parse::<GateInput>(),
+        Error::Setting { .. },
+        "clock",
+        "input, latent and static"
     );
     let mut graph = Graph::new();
     let logits = graph

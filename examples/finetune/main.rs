@@ -15,7 +15,7 @@ use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use model::{Adapter, WIDTH};
 use rankmix::layers::{GateInput, RouterOptions};
@@ -24,12 +24,6 @@ use rankmix::{Device, DeviceOptions};
 use table::Row;
 use text::Language;
 use training::{Outcome, Run};
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum GateOn {
-    Input,
-    Latent,
-}
 
 /// Train a small language model on one language, then adapt it to all of them.
 #[derive(Debug, Parser)]
@@ -58,12 +52,12 @@ struct Options {
     /// Experts a token takes.
     #[arg(long, default_value_t = 2)]
     top_k: usize,
-    /// `planes`, `givens` or `cayley`.
+    /// `planes`, `givens`, `cayley`, `butterfly`, `brick_wall:N` (N layers) or `householder`.
     #[arg(long, default_value = "planes")]
     rotation: Rotation,
-    /// What the rotation gate looks at.
-    #[arg(long, value_enum, default_value = "input")]
-    gate_input: GateOn,
+    /// What the rotation gate looks at: `input`, `latent`, or `static` for nothing.
+    #[arg(long, default_value = "input")]
+    gate_input: GateInput,
     /// `cpu`, `vulkan`, `metal`, `dx12`, `gl`, or part of an adapter's name [default: RANKMIX_DEVICE, or the best there is]
     #[arg(long, value_name = "D")]
     device: Option<String>,
@@ -85,14 +79,11 @@ fn mixture_elements(rank: usize, experts: usize) -> usize {
 fn adapters(options: &Options) -> Result<Vec<Adapter>, rankmix::Error> {
     let (rank, experts) = (options.rank, options.experts);
     let router = RouterOptions::new(experts, options.top_k);
-    let gate_input = match options.gate_input {
-        GateOn::Input => GateInput::Input,
-        GateOn::Latent => GateInput::Latent,
-    };
-    let gate_width = if gate_input == GateInput::Input {
-        WIDTH
-    } else {
-        rank
+    let gate_input = options.gate_input;
+    let gate_width = match gate_input {
+        GateInput::Input => WIDTH,
+        GateInput::Latent => rank,
+        GateInput::Static => 1,
     };
     let target =
         mixture_elements(rank, experts) + experts * options.rotation.numbers(rank)? * gate_width;

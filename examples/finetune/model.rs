@@ -41,7 +41,7 @@ impl Adapter {
             Self::None => "base".to_owned(),
             Self::Lora { .. } => "LoRA".to_owned(),
             Self::MoeLora { .. } => "MoE-LoRA".to_owned(),
-            Self::RotMole { rotation, .. } => format!("RotMoLE {}", rotation.name()),
+            Self::RotMole { rotation, .. } => format!("RotMoLE {rotation}"),
         }
     }
 

@@ -47,13 +47,19 @@ fn solve<R: Real>(generator: &[R], right: &[R], sign: R) -> Vec<R> {
 pub(crate) struct Cayley;
 
 impl Kind for Cayley {
-    const ROTATION: Rotation = Rotation::Cayley;
-    const NAMES: [&'static str; 2] = ["rotate_cayley", "rotate_cayley_backward"];
     /// The largest matrix in the 16,384 bytes of workgroup memory that WebGPU promises everywhere.
     const MAX_RANK: usize = 64;
     const KEEPS_INPUT: bool = true;
 
-    fn rotate<R: Real>(z: &[R], generator: &[R], y: &mut [R]) {
+    fn rotation(self) -> Rotation {
+        Rotation::Cayley
+    }
+
+    fn names(self) -> [&'static str; 2] {
+        ["rotate_cayley", "rotate_cayley_backward"]
+    }
+
+    fn rotate<R: Real>(self, z: &[R], generator: &[R], y: &mut [R]) {
         let w = solve(generator, z, R::one());
         for ((y, &w), &z) in y.iter_mut().zip(&w).zip(z) {
             // 2 w - z would lose the sign of a zero.
@@ -61,7 +67,7 @@ impl Kind for Cayley {
         }
     }
 
-    fn gradient<R: Real>(row: RowGradient<'_, R>, dz: &mut [R], d_generator: &mut [R]) {
+    fn gradient<R: Real>(self, row: RowGradient<'_, R>, dz: &mut [R], d_generator: &mut [R]) {
         let v = solve(row.generator, row.dy, -R::one());
         let w: Vec<R> = row
             .y
@@ -79,7 +85,7 @@ impl Kind for Cayley {
         }
     }
 
-    fn forward(rows: usize, rank: usize) -> (Launch, usize) {
+    fn forward(self, rows: usize, rank: usize) -> (Launch, usize) {
         let launch = Launch::new(shader!("rotate_cayley"), "forward")
             .constant("LANES", lanes(rank) as f64)
             .constant("RANK", rank as f64)
@@ -90,7 +96,7 @@ impl Kind for Cayley {
         (launch, rows)
     }
 
-    fn backward(rows: usize, rank: usize) -> (Launch, usize) {
+    fn backward(self, rows: usize, rank: usize) -> (Launch, usize) {
         let launch = Launch::new(shader!("rotate_cayley"), "backward")
             .constant("LANES", lanes(rank) as f64)
             .constant("RANK", rank as f64)

@@ -10,12 +10,18 @@ const WORKGROUP: usize = 64;
 pub(crate) struct Planes;
 
 impl Kind for Planes {
-    const ROTATION: Rotation = Rotation::Planes;
-    const NAMES: [&'static str; 2] = ["rotate_planes", "rotate_planes_backward"];
     const MAX_RANK: usize = usize::MAX;
     const KEEPS_INPUT: bool = false;
 
-    fn rotate<R: Real>(z: &[R], generator: &[R], y: &mut [R]) {
+    fn rotation(self) -> Rotation {
+        Rotation::Planes
+    }
+
+    fn names(self) -> [&'static str; 2] {
+        ["rotate_planes", "rotate_planes_backward"]
+    }
+
+    fn rotate<R: Real>(self, z: &[R], generator: &[R], y: &mut [R]) {
         for ((y, z), &angle) in y.chunks_mut(2).zip(z.chunks(2)).zip(generator) {
             if angle == R::zero() {
                 // 1 z - 0 z' would lose the sign of a zero.
@@ -28,7 +34,7 @@ impl Kind for Planes {
         }
     }
 
-    fn gradient<R: Real>(row: RowGradient<'_, R>, dz: &mut [R], d_generator: &mut [R]) {
+    fn gradient<R: Real>(self, row: RowGradient<'_, R>, dz: &mut [R], d_generator: &mut [R]) {
         let RowGradient {
             generator, y, dy, ..
         } = row;
@@ -41,7 +47,7 @@ impl Kind for Planes {
         }
     }
 
-    fn forward(rows: usize, rank: usize) -> (Launch, usize) {
+    fn forward(self, rows: usize, rank: usize) -> (Launch, usize) {
         let pairs = rows * rank / 2;
         let launch = Launch::new(shader!("rotate_planes", "cos_sin"), "forward")
             .read(1, Slot::Input(1))
@@ -51,7 +57,7 @@ impl Kind for Planes {
         (launch, pairs.div_ceil(WORKGROUP))
     }
 
-    fn backward(rows: usize, rank: usize) -> (Launch, usize) {
+    fn backward(self, rows: usize, rank: usize) -> (Launch, usize) {
         let pairs = rows * rank / 2;
         let launch = Launch::new(shader!("rotate_planes", "cos_sin"), "backward")
             .read(1, Slot::Input(1))

@@ -1,5 +1,6 @@
 //! Rotations of latents (section 3 of the mathematics): the kinds there are, and what they share.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
@@ -12,13 +13,16 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::rotate_cayley::Cayley;
 use crate::ops::rotate_givens::Givens;
+use crate::ops::rotate_householder::Householder;
 use crate::ops::rotate_planes::Planes;
+use crate::ops::rotate_stages::Stages;
 use crate::ops::{HostIo, LaunchTypes, Op, Real, dims_f32, expect_count, expect_f32};
 use crate::tensor::TensorType;
 
-/// How numbers become an orthogonal matrix R(p), r x r. p = 0 is the identity, bit for bit; lengths are kept.
+/// How numbers become an orthogonal matrix R(p), r x r. p = 0 is the identity, bit for bit; lengths are kept. In files and on command
+/// lines a rotation is its name, as it is printed: `planes`, `givens`, `cayley`, `butterfly`, `brick_wall:4`, `householder`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(into = "String", try_from = "String")]
 pub enum Rotation {
     /// One angle for each pair of neighbouring coordinates (2i, 2i + 1): r / 2 numbers, r even.
     #[default]
@@ -27,26 +31,53 @@ pub enum Rotation {
     Givens,
     /// (I - Q)⁻¹ (I + Q) with Q skew-symmetric: r (r - 1) / 2 numbers.
     Cayley,
+    /// ⌈log₂ r⌉ stages of plane rotations: stage s turns the pairs (i, i + 2ˢ) where bit s of i is 0 and i + 2ˢ < r. Where r is a power of
+    /// two, these are r / 2 log₂ r numbers, and every coordinate of the result depends on every coordinate of what is rotated; another
+    /// rank has fewer pairs.
+    Butterfly,
+    /// Layers of plane rotations of neighbours: (0, 1), (2, 3) … in the first, (1, 2), (3, 4) … in the second, and so on in turn. About
+    /// r / 2 numbers a layer; r layers have as many as a Givens chain.
+    BrickWall {
+        /// How many layers, at least 1.
+        layers: usize,
+    },
+    /// H(u + v) H(u), a pair of reflections H(w) = I - 2 w wᵀ / wᵀw, with u = (1, …, 1) / √r + a: the numbers are a and v, 2 r of them. v = 0
+    /// is the identity for every a. Where u or u + v is exactly 0, its reflection is left out.
+    Householder,
 }
 
-impl Rotation {
-    /// All kinds.
-    pub const ALL: [Self; 3] = [Self::Planes, Self::Givens, Self::Cayley];
+/// The largest number of elements that a generator can have: no tensor has more.
+const MAX_NUMBERS: usize = i32::MAX as usize;
 
-    /// The name in files and on command lines.
+impl Rotation {
+    /// One of each kind, the brick wall with 4 layers.
+    pub const ALL: [Self; 6] = [
+        Self::Planes,
+        Self::Givens,
+        Self::Cayley,
+        Self::Butterfly,
+        Self::BrickWall { layers: 4 },
+        Self::Householder,
+    ];
+
+    /// The name in files and on command lines, from which [`str::parse`] makes the rotation again.
     #[must_use]
-    pub fn name(self) -> &'static str {
+    pub fn name(self) -> Cow<'static, str> {
         match self {
-            Self::Planes => "planes",
-            Self::Givens => "givens",
-            Self::Cayley => "cayley",
+            Self::Planes => "planes".into(),
+            Self::Givens => "givens".into(),
+            Self::Cayley => "cayley".into(),
+            Self::Butterfly => "butterfly".into(),
+            Self::BrickWall { layers } => format!("brick_wall:{layers}").into(),
+            Self::Householder => "householder".into(),
         }
     }
 
     /// How many numbers a rotation in `rank` dimensions takes.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the rank is less than 2, or odd for planes.
+    /// [`Error::Setting`] if the rank is less than 2, or odd for planes, or if a brick wall has no layers; [`Error::Limit`] if
+    /// they are more than a tensor can hold.
     pub fn numbers(self, rank: usize) -> Result<usize> {
         if rank < 2 {
             return Err(Error::setting(
@@ -55,21 +86,42 @@ impl Rotation {
                 "a rotation needs at least 2 dimensions",
             ));
         }
-        match self {
-            Self::Planes if rank % 2 == 1 => Err(Error::setting(
-                "rank",
-                rank,
-                "planes rotate pairs of coordinates: the rank must be even",
-            )),
-            Self::Planes => Ok(rank / 2),
-            Self::Givens | Self::Cayley => Ok(rank * (rank - 1) / 2),
+        let numbers = match self {
+            Self::Planes if rank % 2 == 1 => {
+                return Err(Error::setting(
+                    "rank",
+                    rank,
+                    "planes rotate pairs of coordinates: the rank must be even",
+                ));
+            }
+            Self::BrickWall { layers: 0 } => {
+                return Err(Error::setting(
+                    "layers",
+                    0,
+                    "a brick wall needs at least 1 layer",
+                ));
+            }
+            Self::Planes => rank / 2,
+            Self::Givens | Self::Cayley => rank.saturating_mul(rank - 1) / 2,
+            Self::Butterfly => Stages::Butterfly.numbers(rank),
+            Self::BrickWall { layers } => Stages::BrickWall { layers }.numbers(rank),
+            Self::Householder => rank.saturating_mul(2),
+        };
+        if numbers > MAX_NUMBERS {
+            return Err(Error::Limit {
+                thing: format!("a {self} rotation in {rank} dimensions"),
+                needed: numbers as u64,
+                limit: MAX_NUMBERS as u64,
+                unit: "numbers",
+            });
         }
+        Ok(numbers)
     }
 }
 
 impl fmt::Display for Rotation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        f.write_str(&self.name())
     }
 }
 
@@ -77,10 +129,38 @@ impl FromStr for Rotation {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let known = Self::ALL
-            .into_iter()
-            .find(|rotation| rotation.name() == text);
-        known.ok_or_else(|| Error::setting("rotation", text, "there are planes, givens and cayley"))
+        let unknown = || {
+            Error::setting(
+                "rotation",
+                text,
+                "there are planes, givens, cayley, butterfly, householder, and brick_wall:N for N layers",
+            )
+        };
+        match text {
+            "planes" => Ok(Self::Planes),
+            "givens" => Ok(Self::Givens),
+            "cayley" => Ok(Self::Cayley),
+            "butterfly" => Ok(Self::Butterfly),
+            "householder" => Ok(Self::Householder),
+            _ => match text.strip_prefix("brick_wall:").map(str::parse) {
+                Some(Ok(layers)) if layers > 0 => Ok(Self::BrickWall { layers }),
+                _ => Err(unknown()),
+            },
+        }
+    }
+}
+
+impl TryFrom<String> for Rotation {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        text.parse()
+    }
+}
+
+impl From<Rotation> for String {
+    fn from(rotation: Rotation) -> Self {
+        rotation.name().into_owned()
     }
 }
 
@@ -94,6 +174,11 @@ impl Graph {
             Rotation::Planes => self.apply1(Rotate(Planes), &[z, generator]),
             Rotation::Givens => self.apply1(Rotate(Givens), &[z, generator]),
             Rotation::Cayley => self.apply1(Rotate(Cayley), &[z, generator]),
+            Rotation::Butterfly => self.apply1(Rotate(Stages::Butterfly), &[z, generator]),
+            Rotation::BrickWall { layers } => {
+                self.apply1(Rotate(Stages::BrickWall { layers }), &[z, generator])
+            }
+            Rotation::Householder => self.apply1(Rotate(Householder), &[z, generator]),
         }
     }
 }
@@ -111,33 +196,33 @@ pub(crate) struct RowGradient<'a, R> {
 
 /// What is particular to a kind of rotation: its kernels, and its work on one row on the CPU.
 pub(crate) trait Kind: fmt::Debug + Clone + Copy + Send + Sync + 'static {
-    const ROTATION: Rotation;
-    /// The names of the two operations.
-    const NAMES: [&'static str; 2];
     /// The largest rank that the kernels can do.
     const MAX_RANK: usize;
     /// Whether the gradient needs what was rotated, beside the result.
     const KEEPS_INPUT: bool;
 
-    fn rotate<R: Real>(z: &[R], generator: &[R], y: &mut [R]);
-    fn gradient<R: Real>(row: RowGradient<'_, R>, dz: &mut [R], d_generator: &mut [R]);
+    fn rotation(self) -> Rotation;
+    /// The names of the two operations.
+    fn names(self) -> [&'static str; 2];
+    fn rotate<R: Real>(self, z: &[R], generator: &[R], y: &mut [R]);
+    fn gradient<R: Real>(self, row: RowGradient<'_, R>, dz: &mut [R], d_generator: &mut [R]);
     /// The kernel and how many workgroups it needs. Inputs: z, generator. Output: y.
-    fn forward(rows: usize, rank: usize) -> (Launch, usize);
+    fn forward(self, rows: usize, rank: usize) -> (Launch, usize);
     /// Inputs: y, generator, dy, and z if it is kept. Outputs: dz, the gradient of the generator.
-    fn backward(rows: usize, rank: usize) -> (Launch, usize);
+    fn backward(self, rows: usize, rank: usize) -> (Launch, usize);
 }
 
 /// Checks `[rows, rank]` latents and `[rows, numbers]` generators, and returns rows and rank.
-fn sizes<K: Kind>(op: &'static str, inputs: &[TensorType]) -> Result<[usize; 2]> {
+fn sizes<K: Kind>(kind: K, op: &'static str, inputs: &[TensorType]) -> Result<[usize; 2]> {
     let [rows, rank] = dims_f32(op, "the latents", &inputs[0])?;
     expect_f32(
         op,
         "the generators",
         &inputs[1],
-        &[rows, K::ROTATION.numbers(rank)?],
+        &[rows, kind.rotation().numbers(rank)?],
     )?;
     if rank > K::MAX_RANK {
-        let thing = format!("a {} rotation", K::ROTATION);
+        let thing = format!("a {} rotation", kind.rotation());
         return Err(Error::Limit {
             thing,
             needed: rank as u64,
@@ -168,19 +253,20 @@ impl<K: Kind> Rotate<K> {
             .par_chunks_mut(rank)
             .zip(z.par_chunks(rank))
             .zip(generator.par_chunks(numbers));
-        rows.for_each(|((y, z), generator)| K::rotate(z, generator, y));
+        let kind = self.0;
+        rows.for_each(|((y, z), generator)| kind.rotate(z, generator, y));
         Ok(())
     }
 }
 
 impl<K: Kind> Op for Rotate<K> {
     fn name(&self) -> &'static str {
-        K::NAMES[0]
+        self.0.names()[0]
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 2)?;
-        sizes::<K>(self.name(), inputs)?;
+        sizes(self.0, self.name(), inputs)?;
         Ok(vec![inputs[0].clone()])
     }
 
@@ -203,8 +289,8 @@ impl<K: Kind> Op for Rotate<K> {
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let [rows, rank] = sizes::<K>(self.name(), io.inputs)?;
-        let (launch, groups) = K::forward(rows, rank);
+        let [rows, rank] = sizes(self.0, self.name(), io.inputs)?;
+        let (launch, groups) = self.0.forward(rows, rank);
         Ok(launch.folded(groups, capabilities)?.into())
     }
 
@@ -224,6 +310,7 @@ impl<K: Kind> RotateBackward<K> {
             .par_chunks_mut(rank)
             .zip(d_generator.par_chunks_mut(numbers))
             .enumerate();
+        let kind = self.0;
         outputs.for_each(|(row, (dz, d_generator))| {
             let here = row * rank..(row + 1) * rank;
             let row = RowGradient {
@@ -232,7 +319,7 @@ impl<K: Kind> RotateBackward<K> {
                 dy: &dy[here.clone()],
                 z: z.get(here).unwrap_or_default(),
             };
-            K::gradient(row, dz, d_generator);
+            kind.gradient(row, dz, d_generator);
         });
         Ok(())
     }
@@ -240,12 +327,12 @@ impl<K: Kind> RotateBackward<K> {
 
 impl<K: Kind> Op for RotateBackward<K> {
     fn name(&self) -> &'static str {
-        K::NAMES[1]
+        self.0.names()[1]
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 3 + usize::from(K::KEEPS_INPUT))?;
-        sizes::<K>(self.name(), inputs)?;
+        sizes(self.0, self.name(), inputs)?;
         for ty in &inputs[2..] {
             expect_f32(self.name(), "latents and gradients", ty, inputs[0].dims())?;
         }
@@ -253,10 +340,32 @@ impl<K: Kind> Op for RotateBackward<K> {
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let [rows, rank] = sizes::<K>(self.name(), io.inputs)?;
-        let (launch, groups) = K::backward(rows, rank);
+        let [rows, rank] = sizes(self.0, self.name(), io.inputs)?;
+        let (launch, groups) = self.0.backward(rows, rank);
         Ok(launch.folded(groups, capabilities)?.into())
     }
 
     host_reference!();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_what_files_and_command_lines_hold() {
+        let wide = Rotation::BrickWall { layers: 31 };
+        for rotation in Rotation::ALL.into_iter().chain([wide]) {
+            let name = rotation.to_string();
+            assert_eq!(name.parse::<Rotation>().expect("its own name"), rotation);
+            let json = serde_json::to_string(&rotation).expect("a name");
+            assert_eq!(json, format!("\"{name}\""));
+            assert_eq!(
+                serde_json::from_str::<Rotation>(&json).expect("its own name"),
+                rotation
+            );
+        }
+        assert_eq!(wide.to_string(), "brick_wall:31");
+        assert!(serde_json::from_str::<Rotation>("\"brick_wall:0\"").is_err());
+    }
 }

@@ -1,4 +1,4 @@
-//! Arithmetic on one tensor, element by element: a x + b, negation, square, square root, reciprocal, exp, ln.
+//! Arithmetic on one tensor, element by element: a x + b, negation, square, square root, reciprocal, exp, ln, tanh.
 
 use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
@@ -12,12 +12,18 @@ const WORKGROUP: usize = 64;
 /// Which function; the numbers are those of `shaders/unary.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Function {
-    Affine { scale: f32, offset: f32 },
+    Affine {
+        scale: f32,
+        offset: f32,
+    },
     Square,
     SquareRoot,
     Reciprocal,
     Exp,
     Ln,
+    Tanh,
+    /// The derivative of tanh, `1 - tanh² x`, from x: from the result it would have no digits left where tanh is nearly 1.
+    TanhSlope,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -87,6 +93,14 @@ impl Graph {
     pub fn ln(&mut self, x: Value) -> Result<Value> {
         self.apply1(Unary(Function::Ln), &[x])
     }
+
+    /// The hyperbolic tangent, element by element, right to f32 rounding for every x.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `x` holds integers.
+    pub fn tanh(&mut self, x: Value) -> Result<Value> {
+        self.apply1(Unary(Function::Tanh), &[x])
+    }
 }
 
 impl Unary {
@@ -103,6 +117,11 @@ impl Unary {
             Function::Reciprocal => x.recip(),
             Function::Exp => x.exp(),
             Function::Ln => x.ln(),
+            Function::Tanh => x.tanh(),
+            Function::TanhSlope => {
+                let e = (R::of(-2.0) * x.abs()).exp();
+                R::of(4.0) * e / ((R::one() + e) * (R::one() + e))
+            }
         };
         for (y, &x) in y.iter_mut().zip(x) {
             *y = apply(x);
@@ -120,6 +139,8 @@ impl Op for Unary {
             Function::Reciprocal => "reciprocal",
             Function::Exp => "exp",
             Function::Ln => "ln",
+            Function::Tanh => "tanh",
+            Function::TanhSlope => "tanh_slope",
         }
     }
 
@@ -152,6 +173,16 @@ impl Op for Unary {
             }
             Function::Exp => graph.mul(dy, y)?,
             Function::Ln => graph.div(dy, x)?,
+            Function::Tanh => {
+                let slope = graph.apply1(Self(Function::TanhSlope), &[x])?;
+                graph.mul(dy, slope)?
+            }
+            Function::TanhSlope => {
+                let tanh = graph.tanh(x)?;
+                let product = graph.mul(tanh, y)?;
+                let twice = graph.scale(product, -2.0)?;
+                graph.mul(dy, twice)?
+            }
         };
         context.add(0, dx)
     }
@@ -165,6 +196,8 @@ impl Op for Unary {
             Function::Reciprocal => (3, 0.0, 0.0),
             Function::Exp => (4, 0.0, 0.0),
             Function::Ln => (5, 0.0, 0.0),
+            Function::Tanh => (6, 0.0, 0.0),
+            Function::TanhSlope => (7, 0.0, 0.0),
         };
         let launch = Launch::new(shader!("unary"), "forward")
             .constant("FUNCTION", code)

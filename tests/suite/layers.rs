@@ -22,19 +22,22 @@ struct Shape {
     top_k: usize,
     rotation: Rotation,
     gate_input: GateInput,
+    bounded: bool,
     /// How large the rotation gate's weights are, times 1 / sqrt(their number): about the size of the angles.
     turn: f64,
 }
 
 impl Shape {
     fn layer(&self) -> Result<RotMole> {
-        RotMole::with_rotation(
+        let mut layer = RotMole::with_rotation(
             Linear::new("layer", self.d_in, self.d_out),
             AdapterOptions::new(self.rank, 16.0),
             RouterOptions::new(self.experts, self.top_k),
             self.rotation,
             self.gate_input,
-        )
+        )?;
+        layer.bounded = self.bounded;
+        Ok(layer)
     }
 
     /// Output, experts and all gradients.
@@ -66,6 +69,7 @@ impl Shape {
             let spread = match name.rsplit('.').next() {
                 Some("router") => 4.0,
                 Some("rotation_gate") => self.turn * unit,
+                Some("rotation_generator") => self.turn,
                 _ => unit,
             };
             store.insert(name, &floats_in(&dims, 301 + seed as u64, -spread, spread))?;
@@ -87,22 +91,34 @@ const ROUTER: usize = 5;
 fn shapes() -> impl Strategy<Value = Shape> {
     let sizes = (1..70_usize, 1..90_usize, 1..90_usize, 1..20_usize);
     let tokens = proptest::prop_oneof![proptest::strategy::Just(1_usize), 2..8_usize, 8..140_usize];
-    let kinds = (0..3_usize, proptest::bool::ANY, 1..9_usize);
-    (sizes, tokens, kinds).prop_map(
-        |((experts, d_in, d_out, half), tokens, (kind, latent, top_k))| Shape {
-            tokens,
-            d_in,
-            d_out,
-            rank: if kind == 0 { 2 * half } else { half + 1 },
-            experts: if experts > 64 { 1 } else { experts },
-            top_k: top_k.min(if experts > 64 { 1 } else { experts }),
-            rotation: Rotation::ALL[kind],
-            gate_input: if latent {
-                GateInput::Latent
-            } else {
-                GateInput::Input
-            },
-            turn: 1.0,
+    let kinds = (0..Rotation::ALL.len(), 1..6_usize, 1..9_usize);
+    let gates = (
+        proptest::sample::select(&[GateInput::Input, GateInput::Latent, GateInput::Static][..]),
+        proptest::bool::ANY,
+    );
+    (sizes, tokens, kinds, gates).prop_map(
+        |((experts, d_in, d_out, half), tokens, (kind, layers, top_k), (gate_input, bounded))| {
+            let rotation = match Rotation::ALL[kind] {
+                Rotation::BrickWall { .. } => Rotation::BrickWall { layers },
+                other => other,
+            };
+            let experts = if experts > 64 { 1 } else { experts };
+            Shape {
+                tokens,
+                d_in,
+                d_out,
+                rank: if rotation == Rotation::Planes {
+                    2 * half
+                } else {
+                    half + 1
+                },
+                experts,
+                top_k: top_k.min(experts),
+                rotation,
+                gate_input,
+                bounded,
+                turn: 1.0,
+            }
         },
     )
 }
@@ -163,6 +179,7 @@ fn extremes(device: &Device, rotation: Rotation) -> Result<(), Failed> {
             top_k,
             rotation,
             gate_input,
+            bounded: false,
             turn,
         };
         matches_reference(device, &shape)?;
@@ -170,7 +187,13 @@ fn extremes(device: &Device, rotation: Rotation) -> Result<(), Failed> {
     Ok(())
 }
 
-fn random_shapes(device: &Device, cases: u32) -> Result<(), Failed> {
+/// Whether a fact holds for layers of random shapes.
+fn of_random_shapes(
+    device: &Device,
+    cases: u32,
+    shapes: impl Strategy<Value = Shape>,
+    fact: impl Fn(&Device, &Shape) -> Result<(), String>,
+) -> Result<(), Failed> {
     let mut runner = TestRunner::new_with_rng(
         Config {
             cases,
@@ -181,42 +204,179 @@ fn random_shapes(device: &Device, cases: u32) -> Result<(), Failed> {
             proptest::test_runner::RngAlgorithm::ChaCha,
         ),
     );
-    let outcome = runner.run(&shapes(), |shape| {
-        matches_reference(device, &shape).map_err(TestCaseError::fail)
+    let outcome = runner.run(&shapes, |shape| {
+        fact(device, &shape).map_err(TestCaseError::fail)
     });
     outcome.map_err(|error| error.to_string().into())
+}
+
+/// A layer that does not rotate by tokens is a mixture without rotations whose B_j are B_j R_j, made here from R_j of the f64 reference:
+/// the same output, the same gradients of x, of A, of the router and of what both have in common.
+fn constant_rotations_are_absorbed(device: &Device, shape: &Shape) -> Result<(), String> {
+    let check = || -> Result<Option<String>> {
+        let Shape {
+            tokens,
+            d_in,
+            d_out,
+            rank,
+            experts,
+            ..
+        } = *shape;
+        let layer = shape.layer()?;
+        let numbers = shape.rotation.numbers(rank)?;
+        let generator = floats_in(&[experts, numbers], 330, -1.5, 1.5);
+        let b = floats(&[experts, d_out, rank], 331);
+
+        let bounded = |number: f64| {
+            if shape.bounded {
+                std::f64::consts::PI * number.tanh()
+            } else {
+                number
+            }
+        };
+        let generator_rows: Vec<f64> = generator
+            .to_f64()
+            .chunks(numbers)
+            .flat_map(|row| row.repeat(rank))
+            .map(bounded)
+            .collect();
+        let mut graph = Graph::new();
+        let unit = (0..experts * rank * rank)
+            .map(|at| {
+                if at / rank % rank == at % rank {
+                    1.0
+                } else {
+                    0.0
+                }
+            })
+            .collect();
+        let unit = graph.constant(Tensor::f64([experts * rank, rank], unit)?)?;
+        let rows = graph.constant(Tensor::f64([experts * rank, numbers], generator_rows)?)?;
+        let columns = graph.rotate(shape.rotation, unit, rows)?;
+        graph.output(columns)?;
+        let reference = ParameterStore::new(&Device::reference());
+        let columns = graph.compile(&reference)?.run_reading(&[columns])?[0].to_f64();
+        // Column i of R_j is row j rank + i.
+        let b_values = b.to_f64();
+        let product = (0..experts * d_out * rank).map(|at| {
+            let (expert, row, i) = (at / (d_out * rank), at / rank % d_out, at % rank);
+            let b = &b_values[(expert * d_out + row) * rank..][..rank];
+            let column = &columns[(expert * rank + i) * rank..][..rank];
+            b.iter().zip(column).map(|(b, r)| b * r).sum::<f64>()
+        });
+        let product = Tensor::f64([experts, d_out, rank], product.collect())?;
+
+        let run = |b: &Tensor, forward: &dyn Fn(&mut Graph, Value) -> Result<Value>| {
+            let mut graph = Graph::new();
+            let x = graph.input("x", TensorType::f32([tokens, d_in]))?;
+            let y = forward(&mut graph, x)?;
+            let upstream = graph.constant(floats(&[tokens, d_out], 332))?;
+            let mut wanted = vec![x];
+            for name in ["layer.weight", "layer.lora_a", "layer.router"] {
+                wanted.push(graph.named(name)?);
+            }
+            let mut values = graph.gradients_from(&[(y, upstream)], &wanted)?;
+            values.insert(0, y);
+            for &value in &values {
+                graph.output(value)?;
+            }
+            let store = ParameterStore::new(device);
+            let unit = 1.0 / (d_in as f64).sqrt();
+            let weights = [
+                ("layer.weight", vec![d_out, d_in], unit),
+                ("layer.lora_a", vec![experts, rank, d_in], unit),
+                ("layer.router", vec![experts, d_in], 4.0),
+            ];
+            for (seed, (name, dims, spread)) in weights.into_iter().enumerate() {
+                store.insert(name, &floats_in(&dims, 333 + seed as u64, -spread, spread))?;
+            }
+            store.insert("layer.lora_b", b)?;
+            store.insert("layer.rotation_generator", &generator)?;
+            let mut session = graph.compile(&store)?;
+            session.poison()?;
+            session.write(x, &floats(&[tokens, d_in], 340))?;
+            session.run_reading(&values)
+        };
+        let rotated = run(&b, &|graph, x| Ok(layer.forward(graph, x)?.output))?;
+        let absorbed = run(&product, &|graph, x| {
+            Ok(layer.mixture.forward(graph, x)?.output)
+        })?;
+        for (index, (got, want)) in rotated.iter().zip(&absorbed).enumerate() {
+            let (norm, largest) = relative_errors(&got.to_f64(), &want.to_f64());
+            // With few tokens the router's gradient is a difference of nearly equal numbers that nothing averages out.
+            let slack = if index == 4 && tokens < 8 { 20.0 } else { 1.0 };
+            if norm > slack * 1e-5 || largest > slack * 1e-4 {
+                return Ok(Some(format!(
+                    "{shape:?}, result {index}: {norm:.2e} in norm, {largest:.2e} of the largest"
+                )));
+            }
+        }
+        Ok(None)
+    };
+    match check() {
+        Ok(None) => Ok(()),
+        Ok(Some(difference)) => Err(difference),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// The output of RotMoLE whose rotation gate is zero, and of MoE-LoRA, on the same parameters.
 fn a_gate_of_zero_is_moe_lora(device: &Device, rotation: Rotation) -> Result<(), Failed> {
     let (tokens, d_in, d_out) = (19, 24, 17);
-    let rotated = RotMole::with_rotation(
-        Linear::new("layer", d_in, d_out),
-        AdapterOptions::new(6, 12.0),
-        RouterOptions::new(5, 2),
-        rotation,
-        GateInput::Input,
-    )?;
     let store = ParameterStore::new(device);
     let run = |forward: &dyn Fn(&mut Graph, Value) -> Result<Value>| -> Result<Tensor> {
         let mut graph = Graph::new();
         let x = graph.input("x", TensorType::f32([tokens, d_in]))?;
         let y = forward(&mut graph, x)?;
         graph.output(y)?;
+        store.remove("layer.rotation_gate");
         store.initialize(&graph, 5)?;
         store.insert("layer.lora_b", &floats(&[5, d_out, 6], 320))?;
         let mut session = graph.compile(&store)?;
         session.write(x, &floats(&[tokens, d_in], 321))?;
         Ok(session.run_reading(&[y])?.remove(0))
     };
-    let with: Tensor = run(&|graph, x| Ok(rotated.forward(graph, x)?.output))?;
-    let mixture: &MoeLora = &rotated.mixture;
-    let without = run(&|graph, x| Ok(mixture.forward(graph, x)?.output))?;
-    if with == without {
-        Ok(())
-    } else {
-        Err("they are not equal bit for bit".into())
+    for gate_input in [GateInput::Input, GateInput::Latent, GateInput::Static] {
+        let rotated = RotMole::with_rotation(
+            Linear::new("layer", d_in, d_out),
+            AdapterOptions::new(6, 12.0),
+            RouterOptions::new(5, 2),
+            rotation,
+            gate_input,
+        )?;
+        let mixture: &MoeLora = &rotated.mixture;
+        let without = run(&|graph, x| Ok(mixture.forward(graph, x)?.output))?;
+        for layer in [rotated.clone(), rotated.clone().with_bounded_generator()] {
+            let with = run(&|graph, x| Ok(layer.forward(graph, x)?.output))?;
+            if with != without {
+                return Err(format!("{layer:?}: not equal bit for bit").into());
+            }
+        }
     }
+    Ok(())
+}
+
+/// What a layer says it trains is what its graph declares as trainable.
+fn trainable_elements_are_counted() -> Result<(), Failed> {
+    for rotation in Rotation::ALL {
+        for gate_input in [GateInput::Input, GateInput::Latent, GateInput::Static] {
+            let layer = RotMole::with_rotation(
+                Linear::new("layer", 24, 17),
+                AdapterOptions::new(6, 12.0),
+                RouterOptions::new(5, 2),
+                rotation,
+                gate_input,
+            )?;
+            let mut graph = Graph::new();
+            let x = graph.input("x", TensorType::f32([3, 24]))?;
+            layer.forward(&mut graph, x)?;
+            let (said, declared) = (layer.trainable_elements()?, graph.trainable_elements());
+            if said != declared {
+                return Err(format!("{layer:?}: {said} is said, {declared} are declared").into());
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The memory of a RotMoLE training step against its lower bound.
@@ -281,8 +441,24 @@ pub fn trials() -> Vec<Trial> {
         "layers::rotmole_of_random_shapes",
         |device| {
             // A new shape is a new set of pipelines: on a GPU half a second each.
-            random_shapes(device, if device.adapter().is_some() { 24 } else { 200 })
+            let cases = if device.adapter().is_some() { 24 } else { 200 };
+            of_random_shapes(device, cases, shapes(), matches_reference)
         },
+    ));
+    trials.extend(devices::trials(
+        "layers::constant_rotations_are_absorbed_by_b",
+        |device| {
+            let cases = if device.adapter().is_some() { 12 } else { 100 };
+            let still = shapes().prop_map(|shape| Shape {
+                gate_input: GateInput::Static,
+                ..shape
+            });
+            of_random_shapes(device, cases, still, constant_rotations_are_absorbed)
+        },
+    ));
+    trials.push(Trial::test(
+        "layers::rotmole_trainable_elements_are_counted",
+        trainable_elements_are_counted,
     ));
     trials.extend(devices::own_trials(
         "layers::memory_is_near_the_lower_bound",

@@ -2,12 +2,17 @@
 
 use libtest_mimic::{Failed, Trial};
 use rankmix::ops::Rotation;
-use rankmix::{Device, Graph, ParameterStore, Result, Tensor, TensorType};
+use rankmix::{Device, Graph, ParameterStore, Tensor, TensorType};
 
 use crate::case::{floats, floats_in};
 use crate::devices;
 
-fn rotate(device: &Device, rotation: Rotation, z: &Tensor, generator: &Tensor) -> Result<Tensor> {
+fn rotate(
+    device: &Device,
+    rotation: Rotation,
+    z: &Tensor,
+    generator: &Tensor,
+) -> rankmix::Result<Tensor> {
     let mut graph = Graph::new();
     let z_value = graph.input("z", TensorType::f32(z.shape()))?;
     let generator_value = graph.input("generator", TensorType::f32(generator.shape()))?;
@@ -120,10 +125,86 @@ fn is_orthogonal(device: &Device, rotation: Rotation, rank: usize) -> Result<(),
     }
 }
 
+/// Sine and cosine against f64: planes turn the unit vector (1, 0) into (cos, sin). Angles up to 1e4 of both signs, beside every edge and
+/// every middle of a quadrant, where the kernels change from one polynomial to the other.
+fn cos_sin_is_right(device: &Device) -> Result<(), Failed> {
+    let eighth = std::f64::consts::FRAC_PI_4;
+    let edges = (0..12_732)
+        .map(|k| (f64::from(k) * eighth) as f32)
+        .flat_map(|edge| [edge.next_down(), edge, edge.next_up()]);
+    let ramp = (0..20_000).map(|k| k as f32 * 0.499_987);
+    let angles: Vec<f32> = edges
+        .chain(ramp)
+        .flat_map(|angle| [angle, -angle])
+        .chain([1e4, -1e4, 1e-6, -1e-30])
+        .collect();
+    let rows = angles.len();
+    let z = Tensor::f32([rows, 2], [1.0, 0.0].repeat(rows))?;
+    let generator = Tensor::f32([rows, 1], angles.clone())?;
+    let y = rotate(device, Rotation::Planes, &z, &generator)?.to_f64();
+    for (&angle, y) in angles.iter().zip(y.chunks(2)) {
+        let (sin, cos) = f64::from(angle).sin_cos();
+        let error = (y[0] - cos).abs().max((y[1] - sin).abs());
+        if error.is_nan() || error > 1.5e-7 {
+            return Err(format!("off by {error:.2e} at {angle}").into());
+        }
+    }
+    Ok(())
+}
+
+/// tanh, which bounds generators, against f64: of each value, from the smallest to where it is 1.
+fn tanh_is_right(device: &Device) -> Result<(), Failed> {
+    let values: Vec<f32> = (-120..=60)
+        .map(|k| 2.0_f32.powf(k as f32 / 4.0))
+        .chain((0..4000).map(|k| k as f32 * 0.003))
+        .flat_map(|x| [x, -x])
+        .chain([0.7_f32.next_down(), 0.7, 1e30, -3e38])
+        .collect();
+    let mut graph = Graph::new();
+    let x = graph.input("x", TensorType::f32([values.len()]))?;
+    let y = graph.tanh(x)?;
+    graph.output(y)?;
+    let mut session = graph.compile(&ParameterStore::new(device))?;
+    session.write(x, &Tensor::f32([values.len()], values.clone())?)?;
+    let y = session.run_reading(&[y])?.remove(0).to_f64();
+    for (&x, y) in values.iter().zip(y) {
+        let want = f64::from(x).tanh();
+        let error = (y - want).abs();
+        if error.is_nan() || error > 2.5e-7 * want.abs() {
+            return Err(format!("tanh {x} is {y}, not {want}").into());
+        }
+    }
+    Ok(())
+}
+
+/// A direction of length 0 has no reflection: what is left is the other one. At rank 4 u starts as (1, 1, 1, 1) / 2.
+fn a_reflection_along_nothing_is_left_out(device: &Device) -> Result<(), Failed> {
+    let z = floats(&[1, 4], 204);
+    let v = [0.25, -1.0, 0.5, 2.0];
+    for (a, v, direction) in [([0.0; 4], [-0.5; 4], [0.5; 4]), ([-0.5; 4], v, v)] {
+        let generator = Tensor::f32([1, 8], [a, v].concat())?;
+        let y = rotate(device, Rotation::Householder, &z, &generator)?.to_f64();
+        let direction = direction.map(f64::from);
+        let product = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let z = z.to_f64();
+        let along = 2.0 * product(&direction, &z) / product(&direction, &direction);
+        for ((y, z), direction) in y.iter().zip(z).zip(direction) {
+            let error = (y - (z - along * direction)).abs();
+            if error.is_nan() || error > 1e-6 {
+                return Err(format!("a coordinate is off by {error:.2e}").into());
+            }
+        }
+    }
+    Ok(())
+}
+
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     for rotation in Rotation::ALL {
-        for rank in [2, 6, 16, 64] {
+        for rank in [2, 5, 6, 16, 33, 64] {
+            if rotation.numbers(rank).is_err() {
+                continue;
+            }
             let name = |fact: &str| format!("rotation::{rotation}_{fact}_rank_{rank}");
             trials.extend(devices::trials(&name("keeps_lengths"), move |device| {
                 lengths_are_kept(device, rotation, rank, 1.0)
@@ -137,11 +218,30 @@ pub fn trials() -> Vec<Trial> {
             }));
         }
     }
-    for rotation in [Rotation::Planes, Rotation::Givens] {
-        let name = format!("rotation::{rotation}_keeps_lengths_for_angles_to_1e4");
+    let deep = Rotation::BrickWall { layers: 64 };
+    let angles = [
+        (Rotation::Planes, 8),
+        (Rotation::Givens, 8),
+        (Rotation::Givens, 64),
+        (Rotation::Butterfly, 8),
+        (Rotation::Butterfly, 64),
+        (Rotation::BrickWall { layers: 4 }, 8),
+        (deep, 64),
+    ];
+    for (rotation, rank) in angles {
+        let name = format!("rotation::{rotation}_keeps_lengths_for_angles_to_1e4_rank_{rank}");
         trials.extend(devices::trials(&name, move |device| {
-            lengths_are_kept(device, rotation, 8, 1e4)
+            lengths_are_kept(device, rotation, rank, 1e4)
         }));
     }
+    trials.extend(devices::trials(
+        "rotation::cos_sin_is_right",
+        cos_sin_is_right,
+    ));
+    trials.extend(devices::trials("rotation::tanh_is_right", tanh_is_right));
+    trials.extend(devices::trials(
+        "rotation::a_reflection_along_nothing_is_left_out",
+        a_reflection_along_nothing_is_left_out,
+    ));
     trials
 }

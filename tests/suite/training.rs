@@ -243,8 +243,8 @@ fn training_resumes_from_a_file(device: &Device) -> Result<(), Failed> {
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
-    for rotation in [Rotation::Planes, Rotation::Givens, Rotation::Cayley] {
-        let name = format!("training::equal_reruns_{}", rotation.name());
+    for rotation in Rotation::ALL {
+        let name = format!("training::equal_reruns_{rotation}");
         trials.extend(devices::trials(&name, move |device| {
             reruns_are_equal(device, rotation)
         }));

@@ -45,12 +45,15 @@ pub(crate) struct Options {
     /// Experts a token takes.
     #[arg(long, default_value_t = 2)]
     top_k: usize,
-    /// `planes`, `givens` or `cayley`.
+    /// `planes`, `givens`, `cayley`, `butterfly`, `brick_wall:N` (N layers) or `householder`.
     #[arg(long, default_value = "planes")]
     rotation: Rotation,
-    /// Let the rotation gate look at the latent instead of the input.
+    /// What the rotation gate looks at: `input`, `latent`, or `static` for nothing.
+    #[arg(long, default_value = "input")]
+    gate_input: GateInput,
+    /// Keep every number of the rotation within ±π.
     #[arg(long)]
-    gate_on_latent: bool,
+    bounded: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -75,19 +78,20 @@ fn layer_output(options: &Options, graph: &mut Graph, x: Value) -> Result<Value>
     let base = Linear::new("layer", options.d_in, options.d_out);
     let adapter = AdapterOptions::new(options.rank, 2.0 * options.rank as f32);
     let router = RouterOptions::new(options.experts, options.top_k);
-    let gate_input = if options.gate_on_latent {
-        GateInput::Latent
-    } else {
-        GateInput::Input
-    };
     match options.layer {
         Layer::Lora => Lora::new(base, adapter)?.forward(graph, x),
         Layer::MoeLora => Ok(MoeLora::new(base, adapter, router)?
             .forward(graph, x)?
             .output),
         Layer::Rotmole => {
-            let layer =
-                RotMole::with_rotation(base, adapter, router, options.rotation, gate_input)?;
+            let mut layer = RotMole::with_rotation(
+                base,
+                adapter,
+                router,
+                options.rotation,
+                options.gate_input,
+            )?;
+            layer.bounded = options.bounded;
             Ok(layer.forward(graph, x)?.output)
         }
     }

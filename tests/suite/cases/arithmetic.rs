@@ -1,5 +1,7 @@
 //! Element-wise arithmetic, broadcasting, sums.
 
+use rankmix::Tensor;
+
 use crate::case::{Case, floats, floats_in};
 
 pub fn cases() -> Vec<Case> {
@@ -24,6 +26,29 @@ pub fn cases() -> Vec<Case> {
         Case::new("ln", vec![floats_in(&[3, 3], 6, 0.5, 2.0)], |g, v| {
             Ok(vec![g.ln(v[0])?])
         }),
+        Case::new("tanh", vec![floats_in(&[133], 24, -4.0, 4.0)], |g, v| {
+            Ok(vec![g.tanh(v[0])?])
+        }),
+        Case::new(
+            "tanh_slope",
+            vec![floats_in(&[3, 9], 25, -4.0, 4.0)],
+            |g, v| {
+                let y = g.tanh(v[0])?;
+                let ones = g.constant(Tensor::f32([3, 9], vec![1.0; 27])?)?;
+                g.gradients_from(&[(y, ones)], v)
+            },
+        ),
+        Case::new(
+            "tanh_where_it_is_nearly_1",
+            vec![floats_in(&[70], 26, 4.0, 9.0)],
+            |g, v| {
+                let y = g.tanh(v[0])?;
+                // By the size of the derivative, so that its digits count.
+                let ones = g.constant(Tensor::f32([70], vec![1.0; 70])?)?;
+                let slope = g.gradients_from(&[(y, ones)], v)?[0];
+                Ok(vec![g.ln(slope)?])
+            },
+        ),
         Case::new("reshape", vec![floats(&[3, 8], 7)], |g, v| {
             let square = g.square(v[0])?;
             Ok(vec![g.reshape(square, [4, 6])?])
