@@ -325,6 +325,39 @@ fn reading_a_parameter_after_its_update_is_refused() {
 }
 
 #[test]
+fn a_recomputed_segment_cannot_update_parameters() {
+    let mut graph = Graph::new();
+    let w = graph
+        .parameter("w", [2], Init::Ones, true)
+        .expect("a name of its own");
+    let updated = graph.recompute(|graph| {
+        graph.recompute(|graph| graph.square(w))?;
+        let loss = graph.sum_all(w)?;
+        let gradients = graph.backward(loss)?;
+        AdamW::default().add_to(graph, &gradients)
+    });
+    assert_error!(updated, Error::Shape { .. }, "adamw", "recomputed segment");
+    // Outside of it, the one that failed included, updates are as allowed as before.
+    let loss = graph.sum_all(w).expect("a sum");
+    let gradients = graph.backward(loss).expect("gradients of a sum");
+    let schedule = graph
+        .named("adamw.schedule")
+        .expect("the optimiser has declared it");
+    let moments = ["adamw.first.w", "adamw.second.w"]
+        .map(|name| graph.named(name).expect("the optimiser has declared it"));
+    graph
+        .adamw_step(
+            w,
+            moments,
+            gradients.pairs()[0].1,
+            schedule,
+            None,
+            AdamW::default().constants,
+        )
+        .expect("an update outside of a segment");
+}
+
+#[test]
 fn damaged_files_are_refused_and_failed_writes_leave_the_old_file() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("x.safetensors");

@@ -4,6 +4,7 @@ mod backward;
 mod gpu_executor;
 mod host_executor;
 mod plan;
+mod recompute;
 mod session;
 mod store;
 
@@ -18,6 +19,7 @@ pub use session::{Session, SessionOptions};
 pub use store::ParameterStore;
 
 use crate::error::{Error, Result};
+use crate::graph::recompute::Recomputation;
 use crate::ops::{AliasKind, Op};
 use crate::tensor::{DType, Shape, Tensor, TensorType};
 
@@ -94,6 +96,7 @@ pub struct Graph {
     names: HashMap<String, Value>,
     /// The value that a parameter has after the operations that update it.
     updated: HashMap<Value, Value>,
+    recomputation: Recomputation,
 }
 
 impl Default for Graph {
@@ -118,6 +121,7 @@ impl Graph {
             outputs: Vec::new(),
             names: HashMap::new(),
             updated: HashMap::new(),
+            recomputation: Recomputation::default(),
         }
     }
 
@@ -228,6 +232,11 @@ impl Graph {
     /// [`Error::Shape`] if the operands do not fit, [`Error::ForeignValue`] if one is of another graph, [`Error::Limit`] if a
     /// result is too large.
     pub fn apply(&mut self, op: impl Op, inputs: &[Value]) -> Result<Vec<Value>> {
+        self.append(Arc::new(op), inputs)
+    }
+
+    fn append(&mut self, op: Arc<dyn Op>, inputs: &[Value]) -> Result<Vec<Value>> {
+        self.check_recomputable(&*op)?;
         let types = inputs
             .iter()
             .map(|&value| self.checked_type(op.name(), value))
@@ -256,7 +265,7 @@ impl Graph {
             self.updated.insert(root, outputs[alias.output]);
         }
         self.nodes.push(Node {
-            op: Arc::new(op),
+            op,
             inputs: inputs.to_vec(),
             outputs: outputs.clone(),
         });

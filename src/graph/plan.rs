@@ -45,6 +45,8 @@ pub struct MemoryReport {
     pub inputs: u64,
     /// Bytes of the buffers that computed values share.
     pub pool: u64,
+    /// What the pool would be if [`Graph::recompute`] kept everything; `pool` itself where nothing is recomputed.
+    pub pool_without_recomputation: u64,
     /// The largest sum of bytes of values alive at one time: no plan could do with a smaller pool.
     pub pool_lower_bound: u64,
     /// How many buffers the pool has.
@@ -121,6 +123,14 @@ impl Graph {
 const FOREVER: usize = usize::MAX;
 
 pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
+    let mut plan = plan_as_built(graph, target)?;
+    if let Some(kept) = graph.without_recomputation() {
+        plan.memory.pool_without_recomputation = plan_as_built(&kept, target)?.memory.pool;
+    }
+    Ok(plan)
+}
+
+fn plan_as_built(graph: &Graph, target: Target<'_>) -> Result<Plan> {
     let live = live_nodes(graph);
     let mut classes = Classes::new(graph, &live)?;
     let mut steps = Vec::with_capacity(live.len());
@@ -292,6 +302,7 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>) -> Result<Plan> {
             .map(value_bytes)
             .sum(),
         pool: plan.pool.iter().sum(),
+        pool_without_recomputation: plan.pool.iter().sum(),
         pool_lower_bound: lower_bound(&blocks, live.len()),
         pool_buffers: plan.pool.len(),
         pool_values: blocks.len(),

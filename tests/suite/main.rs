@@ -12,6 +12,7 @@ mod losses;
 mod metrics;
 mod mistakes;
 mod parity;
+mod recomputation;
 mod rotation_facts;
 mod shaders;
 mod training;
@@ -28,6 +29,7 @@ fn main() {
         layers::trials(),
         losses::trials(),
         mistakes::trials(),
+        recomputation::trials(),
         rotation_facts::trials(),
         shaders::trials(),
         training::trials(),

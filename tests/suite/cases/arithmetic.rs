@@ -52,6 +52,28 @@ pub fn cases() -> Vec<Case> {
             let square = g.square(v[0])?;
             Ok(vec![g.accumulate(square, square)?])
         }),
+        Case::new(
+            "recomputed",
+            vec![floats(&[5, 3], 24), floats_in(&[3], 25, 0.5, 1.5)],
+            |g, v| {
+                // One value leaves the segment beside the last; the inner segment is recomputed twice.
+                let (root, y) = g.recompute(|g| {
+                    let square = g.square(v[0])?;
+                    let shifted = g.affine(square, 0.5, 1.0)?;
+                    let root = g.sqrt(shifted)?;
+                    let inner = g.recompute(|g| {
+                        let product = g.mul(root, v[1])?;
+                        let exp = g.exp(product)?;
+                        g.mul(exp, product)
+                    })?;
+                    // Both operands are accumulated into and used again.
+                    let sum = g.accumulate(inner, shifted)?;
+                    Ok((root, g.mul(sum, inner)?))
+                })?;
+                let twice = g.mul(y, root)?;
+                Ok(vec![y, twice])
+            },
+        ),
         Case::new("sum_all", vec![floats(&[11, 3, 2], 11)], |g, v| {
             Ok(vec![g.sum_all(v[0])?])
         }),
