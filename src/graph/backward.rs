@@ -14,6 +14,12 @@ pub struct Gradients {
 }
 
 impl Gradients {
+    /// Gradients that come from elsewhere than [`Graph::backward`]: pairs of (parameter, gradient), both of one graph.
+    #[must_use]
+    pub fn from_pairs(pairs: Vec<(Value, Value)>) -> Self {
+        Self { pairs }
+    }
+
     /// The gradient of a value, if it has one.
     #[must_use]
     pub fn of(&self, value: Value) -> Option<Value> {

@@ -5,6 +5,7 @@ mod accumulate;
 mod adamw;
 mod balance_loss;
 mod binary;
+mod clear;
 mod cross_entropy;
 mod embedding;
 mod expand;

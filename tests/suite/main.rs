@@ -1,6 +1,7 @@
 //! Everything that is tested on every device there is. A test is named AREA::CASE::DEVICE_MODE; one whose device is not there is
 //! ignored, by name.
 
+mod accumulation;
 mod case;
 mod cases;
 mod devices;
@@ -22,6 +23,7 @@ use libtest_mimic::Arguments;
 fn main() {
     let arguments = Arguments::from_args();
     let trials = [
+        accumulation::trials(),
         gradients::trials(),
         parity::trials(),
         golden::trials(),
