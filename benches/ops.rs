@@ -228,6 +228,17 @@ fn benches() -> Vec<Bench> {
             build: forward(|g, v| g.accumulate(v[0], v[1])),
         },
         Bench {
+            op: "clear",
+            size: "1048576",
+            inputs: vec![],
+            limit: 1,
+            work: elements(1 << 20),
+            build: forward(|g, _| {
+                let sum = g.parameter("sum", [1 << 20], Init::Ones, false)?;
+                g.clear(sum)
+            }),
+        },
+        Bench {
             op: "exp",
             size: "1048576",
             inputs: vec![f(&[1 << 20])],

@@ -1,4 +1,4 @@
-// Adds one tensor into another:   sum[i] += addend[i]
+// Adds one tensor into another:   sum[i] += scale addend[i]
 //
 // Layouts       both [elements] f32, read as vec4s: every buffer is a multiple of 16 bytes, what is past the end is never used.
 // Grid          one invocation a vec4, folded into (x, y) because a dimension stops at 65,535 workgroups.
@@ -7,6 +7,7 @@ override WORKGROUP: u32 = 64u;
 
 struct Params {
   elements: u32,
+  scale: f32,
   groups_per_row: u32,
 }
 
@@ -18,5 +19,5 @@ struct Params {
 fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
   let q = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
   if (q * 4u >= params.elements) { return; }
-  sum[q] += addend[q];
+  sum[q] += params.scale * addend[q];
 }

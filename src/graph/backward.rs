@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use crate::error::{Error, Result};
+use crate::graph::recompute::Recomputed;
 use crate::graph::{Graph, Source, Storage, Value};
 use crate::ops::LossScaling;
 use crate::tensor::{DType, Tensor, TensorData, TensorType};
@@ -16,6 +17,15 @@ pub struct Gradients {
 }
 
 impl Gradients {
+    /// Gradients that come from elsewhere than [`Graph::backward`]: pairs of (parameter, gradient), both of one graph.
+    #[must_use]
+    pub fn from_pairs(pairs: Vec<(Value, Value)>) -> Self {
+        Self {
+            pairs,
+            scaling: None,
+        }
+    }
+
     /// The gradient of a value, if it has one.
     #[must_use]
     pub fn of(&self, value: Value) -> Option<Value> {
@@ -90,7 +100,7 @@ impl Backward<'_> {
         input: usize,
         build: impl FnOnce(&mut Graph, Option<Value>) -> Result<Value>,
     ) -> Result<()> {
-        let of = self.inputs[input];
+        let of = self.graph.original(self.inputs[input]);
         let sum = build(self.graph, self.partial.get(&of).copied())?;
         let (expected, found) = (self.graph.ty(of)?, self.graph.ty(sum)?);
         if expected.elements() != found.elements() {
@@ -202,10 +212,9 @@ impl Graph {
         }
         let count = self.nodes.len();
         for node in &self.nodes {
-            let carries =
-                node.inputs.iter().enumerate().any(|(input, value)| {
-                    flows[value.index as usize] && node.op.differentiable(input)
-                });
+            let carries = node.inputs.iter().enumerate().any(|(input, value)| {
+                flows[self.original(*value).index as usize] && node.op.differentiable(input)
+            });
             for output in &node.outputs {
                 let float = self.values[output.index as usize].ty.dtype == DType::F32;
                 flows[output.index as usize] |= carries && float;
@@ -226,6 +235,7 @@ impl Graph {
             };
             partial.insert(value, sum);
         }
+        let mut recomputed = Recomputed::default();
         for index in (0..count).rev() {
             let node = self.nodes[index].clone();
             let output_gradients: Vec<_> = node
@@ -240,15 +250,18 @@ impl Graph {
                 .inputs
                 .iter()
                 .enumerate()
-                .map(|(input, value)| flows[value.index as usize] && node.op.differentiable(input))
+                .map(|(input, value)| {
+                    flows[self.original(*value).index as usize] && node.op.differentiable(input)
+                })
                 .collect();
             if !wanted.contains(&true) {
                 continue;
             }
+            self.recompute_segments_of(index, count, &mut recomputed)?;
             let mut context = Backward {
                 graph: self,
-                inputs: node.inputs,
-                outputs: node.outputs,
+                inputs: recomputed.in_place_of(&node.inputs),
+                outputs: recomputed.in_place_of(&node.outputs),
                 output_gradients,
                 wanted,
                 partial: &mut partial,

@@ -6,6 +6,7 @@ mod halves;
 mod host_executor;
 mod plan;
 mod precision;
+mod recompute;
 mod session;
 mod store;
 
@@ -21,6 +22,7 @@ pub use session::{Session, SessionOptions};
 pub use store::ParameterStore;
 
 use crate::error::{Error, Result};
+use crate::graph::recompute::Recomputation;
 use crate::ops::{AliasKind, Op};
 use crate::tensor::{DType, Shape, Tensor, TensorType};
 
@@ -108,6 +110,7 @@ pub struct Graph {
     /// The value that a parameter has after the operations that update it.
     updated: HashMap<Value, Value>,
     precision: Precision,
+    recomputation: Recomputation,
 }
 
 impl Default for Graph {
@@ -133,6 +136,7 @@ impl Graph {
             names: HashMap::new(),
             updated: HashMap::new(),
             precision: Precision::F32,
+            recomputation: Recomputation::default(),
         }
     }
 
@@ -256,6 +260,11 @@ impl Graph {
     /// [`Error::Shape`] if the operands do not fit, [`Error::ForeignValue`] if one is of another graph, [`Error::Limit`] if a
     /// result is too large.
     pub fn apply(&mut self, op: impl Op, inputs: &[Value]) -> Result<Vec<Value>> {
+        self.append(Arc::new(op), inputs)
+    }
+
+    fn append(&mut self, op: Arc<dyn Op>, inputs: &[Value]) -> Result<Vec<Value>> {
+        self.check_recomputable(&*op)?;
         let types = inputs
             .iter()
             .map(|&value| self.checked_type(op.name(), value))
@@ -266,7 +275,7 @@ impl Graph {
             .into_iter()
             .enumerate()
             .map(|(output, ty)| {
-                let storage = self.storage_of_output(&op, inputs, output, &ty);
+                let storage = self.storage_of_output(&*op, inputs, output, &ty);
                 self.push(op.name(), ty, Source::Node { node, output }, storage)
             })
             .collect::<Result<Vec<_>>>()?;
@@ -287,7 +296,7 @@ impl Graph {
             self.updated.insert(root, outputs[alias.output]);
         }
         self.nodes.push(Node {
-            op: Arc::new(op),
+            op,
             inputs: inputs.to_vec(),
             outputs: outputs.clone(),
         });
@@ -298,7 +307,7 @@ impl Graph {
     /// operation can do with 16 bits.
     fn storage_of_output(
         &self,
-        op: &impl Op,
+        op: &dyn Op,
         inputs: &[Value],
         output: usize,
         ty: &TensorType,

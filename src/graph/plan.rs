@@ -46,6 +46,8 @@ pub struct MemoryReport {
     pub inputs: u64,
     /// Bytes of the buffers that computed values share.
     pub pool: u64,
+    /// What the pool would be if [`Graph::recompute`] kept everything; `pool` itself where nothing is recomputed.
+    pub pool_without_recomputation: u64,
     /// The largest sum of bytes of values alive at one time: no plan could do with a smaller pool.
     pub pool_lower_bound: u64,
     /// How many buffers the pool has.
@@ -127,6 +129,18 @@ const FOREVER: usize = usize::MAX;
 
 /// Places the values of a graph, of which those at `storages` are given.
 pub(crate) fn plan(graph: &Graph, target: Target<'_>, storages: Vec<Storage>) -> Result<Plan> {
+    let without = match graph.without_recomputation() {
+        Some(kept) => Some(plan_as_built(&kept, target, storages.clone())?.memory.pool),
+        None => None,
+    };
+    let mut plan = plan_as_built(graph, target, storages)?;
+    if let Some(pool) = without {
+        plan.memory.pool_without_recomputation = pool;
+    }
+    Ok(plan)
+}
+
+fn plan_as_built(graph: &Graph, target: Target<'_>, storages: Vec<Storage>) -> Result<Plan> {
     let live = live_nodes(graph);
     let mut classes = Classes::new(graph, &live)?;
     let mut steps = Vec::with_capacity(live.len());
@@ -319,6 +333,7 @@ pub(crate) fn plan(graph: &Graph, target: Target<'_>, storages: Vec<Storage>) ->
             .map(value_bytes)
             .sum(),
         pool: plan.pool.iter().sum(),
+        pool_without_recomputation: plan.pool.iter().sum(),
         pool_lower_bound: lower_bound(&blocks, live.len()),
         pool_buffers: plan.pool.len(),
         pool_values: blocks.len(),

@@ -1,4 +1,5 @@
-//! `out = sum + addend`, in the memory of `sum`: how gradients that reach a value from several sides are added up.
+//! `out = sum + scale * addend`, in the memory of `sum`: how gradients that reach a value from several sides are added up, and those
+//! of several micro-batches in a parameter.
 
 use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
@@ -12,7 +13,11 @@ use crate::tensor::TensorType;
 const WORKGROUP: usize = 64;
 
 #[derive(Clone, Copy, Debug)]
-struct Accumulate;
+struct Accumulate {
+    /// In 64 bits, so that the reference in 64 bits does not add a rounded 1/3.
+    scale: f64,
+    into_parameter: bool,
+}
 
 impl Graph {
     /// `sum + addend`, element by element, both of one shape. The result takes over the memory of `sum` where `sum` is not used
@@ -21,15 +26,45 @@ impl Graph {
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if the shapes differ.
     pub fn accumulate(&mut self, sum: Value, addend: Value) -> Result<Value> {
-        self.apply1(Accumulate, &[sum, addend])
+        self.accumulate_scaled(sum, addend, 1.0)
+    }
+
+    /// `sum + scale * addend`, as [`Graph::accumulate`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if the shapes differ.
+    pub fn accumulate_scaled(&mut self, sum: Value, addend: Value, scale: f64) -> Result<Value> {
+        let op = Accumulate {
+            scale,
+            into_parameter: false,
+        };
+        self.apply1(op, &[sum, addend])
+    }
+
+    /// `parameter += scale * addend`: the parameter keeps the sum after the run. Returns the updated parameter; whoever reads the
+    /// parameter after this must read that value.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if the shapes differ or the first is not a parameter.
+    pub fn accumulate_into(
+        &mut self,
+        parameter: Value,
+        addend: Value,
+        scale: f64,
+    ) -> Result<Value> {
+        let op = Accumulate {
+            scale,
+            into_parameter: true,
+        };
+        self.apply1(op, &[parameter, addend])
     }
 }
 
 impl Accumulate {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        let addend = io.floats(1)?;
+        let (addend, scale) = (io.floats(1)?, R::of(self.scale));
         for (sum, &addend) in io.floats_out(0)?.iter_mut().zip(addend) {
-            *sum += addend;
+            *sum += scale * addend;
         }
         Ok(())
     }
@@ -51,10 +86,15 @@ impl Op for Accumulate {
         let Some(gradient) = context.gradient(0) else {
             return Ok(());
         };
-        for input in 0..2 {
-            if context.wants(input) {
-                context.add(input, gradient)?;
-            }
+        if context.wants(0) {
+            context.add(0, gradient)?;
+        }
+        if context.wants(1) {
+            context.accumulate(1, |graph, sum| match sum {
+                Some(sum) => graph.accumulate_scaled(sum, gradient, self.scale),
+                None if self.scale == 1.0 => Ok(gradient),
+                None => graph.scale(gradient, self.scale as f32),
+            })?;
         }
         Ok(())
     }
@@ -63,7 +103,11 @@ impl Op for Accumulate {
         vec![Alias {
             input: 0,
             output: 0,
-            kind: AliasKind::Accumulate,
+            kind: if self.into_parameter {
+                AliasKind::Update
+            } else {
+                AliasKind::Accumulate
+            },
         }]
     }
 
@@ -73,6 +117,7 @@ impl Op for Accumulate {
             .read(1, Slot::Input(1))
             .write(2, Slot::Output(0))
             .param(elements)
+            .param(self.scale as f32)
             .folded(elements.div_ceil(4 * WORKGROUP), capabilities)?;
         Ok(launch.into())
     }

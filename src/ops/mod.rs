@@ -6,6 +6,7 @@ mod adamw;
 mod assign;
 mod balance_loss;
 mod binary;
+mod clear;
 mod core_gradient;
 mod cross_entropy;
 mod embedding;

@@ -1,6 +1,7 @@
 //! Everything that is tested on every device there is. A test is named AREA::CASE::DEVICE_MODE; one whose device is not there is
 //! ignored, by name.
 
+mod accumulation;
 mod case;
 mod cases;
 mod comol;
@@ -13,6 +14,7 @@ mod losses;
 mod metrics;
 mod mistakes;
 mod parity;
+mod recomputation;
 mod rotation_facts;
 mod shaders;
 mod storage;
@@ -24,6 +26,7 @@ fn main() {
     let arguments = Arguments::from_args();
     let trials = [
         comol::trials(),
+        accumulation::trials(),
         gradients::trials(),
         parity::trials(),
         golden::trials(),
@@ -31,6 +34,7 @@ fn main() {
         layers::trials(),
         losses::trials(),
         mistakes::trials(),
+        recomputation::trials(),
         rotation_facts::trials(),
         shaders::trials(),
         storage::trials(),

@@ -1,6 +1,6 @@
 //! Element-wise arithmetic, broadcasting, sums.
 
-use rankmix::Tensor;
+use rankmix::{Init, Tensor};
 
 use crate::case::{Case, floats, floats_in};
 
@@ -73,10 +73,57 @@ pub fn cases() -> Vec<Case> {
                 Ok(vec![sum, g.mul(base, v[0])?])
             },
         ),
+        Case::new(
+            "accumulate_scaled",
+            vec![floats(&[7, 3], 27), floats(&[7, 3], 28)],
+            |g, v| {
+                let square = g.square(v[0])?;
+                let sum = g.accumulate_scaled(square, v[1], -1.0 / 3.0)?;
+                // The addend has a gradient from elsewhere as well.
+                Ok(vec![sum, g.mul(v[1], v[1])?])
+            },
+        ),
+        Case::new("accumulate_into", vec![floats(&[7, 3], 29)], |g, v| {
+            // Twice, and used: each update must be read as the newest state. Cleared at the end, so that a rerun starts the same.
+            let p = g.parameter("p", [7, 3], Init::Zeros, false)?;
+            let once = g.accumulate_into(p, v[0], 0.5)?;
+            let square = g.square(once)?;
+            let twice = g.accumulate_into(once, square, -2.0)?;
+            let y = g.scale(twice, 3.0)?;
+            Ok(vec![g.clear(twice)?, y])
+        })
+        .forward_only(),
+        Case::new("clear", vec![], |g, _| {
+            let p = g.parameter("p", [71, 5], Init::Ones, false)?;
+            Ok(vec![g.clear(p)?])
+        })
+        .forward_only(),
         Case::new("accumulate_itself", vec![floats(&[6], 10)], |g, v| {
             let square = g.square(v[0])?;
             Ok(vec![g.accumulate(square, square)?])
         }),
+        Case::new(
+            "recomputed",
+            vec![floats(&[5, 3], 24), floats_in(&[3], 25, 0.5, 1.5)],
+            |g, v| {
+                // One value leaves the segment beside the last; the inner segment is recomputed twice.
+                let (root, y) = g.recompute(|g| {
+                    let square = g.square(v[0])?;
+                    let shifted = g.affine(square, 0.5, 1.0)?;
+                    let root = g.sqrt(shifted)?;
+                    let inner = g.recompute(|g| {
+                        let product = g.mul(root, v[1])?;
+                        let exp = g.exp(product)?;
+                        g.mul(exp, product)
+                    })?;
+                    // Both operands are accumulated into and used again.
+                    let sum = g.accumulate(inner, shifted)?;
+                    Ok((root, g.mul(sum, inner)?))
+                })?;
+                let twice = g.mul(y, root)?;
+                Ok(vec![y, twice])
+            },
+        ),
         Case::new("sum_all", vec![floats(&[11, 3, 2], 11)], |g, v| {
             Ok(vec![g.sum_all(v[0])?])
         }),
