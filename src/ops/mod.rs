@@ -15,6 +15,7 @@ mod host;
 mod host_gemm;
 mod matmul;
 mod mix_cores;
+mod noise;
 mod reshape;
 mod rms_norm;
 mod rotate_cayley;
@@ -29,6 +30,7 @@ mod silu;
 mod softmax;
 mod sort;
 mod sum;
+mod threefry;
 mod unary;
 mod z_loss;
 
@@ -41,10 +43,12 @@ pub(crate) use host::HostBuffer;
 pub use host::{HostIo, Real};
 pub use matmul::MatMul;
 pub use mix_cores::CoreMix;
+pub(crate) use noise::check_dropout;
 pub use rotation::Rotation;
 pub use route::Routed;
 pub use segments::{Layout, Segments};
 pub use sort::Sorted;
+pub use threefry::threefry;
 
 use crate::device::{Capabilities, Launches};
 use crate::error::{Error, Result};

@@ -12,6 +12,7 @@ mod layers;
 mod losses;
 mod metrics;
 mod mistakes;
+mod noise;
 mod parity;
 mod rotation_facts;
 mod shaders;
@@ -30,6 +31,7 @@ fn main() {
         layers::trials(),
         losses::trials(),
         mistakes::trials(),
+        noise::trials(),
         rotation_facts::trials(),
         shaders::trials(),
         training::trials(),
