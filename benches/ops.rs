@@ -127,6 +127,14 @@ fn benches() -> Vec<Bench> {
             build: with_gradient(|g, v| g.softmax(v[0])),
         },
         Bench {
+            op: "dropout",
+            size: "1048576_forward_backward",
+            inputs: vec![f(&[1 << 20]), f(&[1 << 20])],
+            limit: 1,
+            work: elements(1 << 20),
+            build: with_gradient(|g, v| g.dropout(v[0], 0.1)),
+        },
+        Bench {
             op: "matmul_nt",
             size: "512x1024x1024_flop",
             inputs: vec![f(&[T, D]), f(&[D, D])],

@@ -111,7 +111,13 @@ pub struct Graph {
     updated: HashMap<Value, Value>,
     precision: Precision,
     recomputation: Recomputation,
+    training: bool,
+    /// How many operations that add noise there are.
+    noises: u32,
 }
+
+/// The input that holds the seed and the step of the noise operations; sessions write it themselves.
+pub(crate) const RANDOM: &str = "rankmix.random";
 
 impl Default for Graph {
     fn default() -> Self {
@@ -137,7 +143,31 @@ impl Graph {
             updated: HashMap::new(),
             precision: Precision::F32,
             recomputation: Recomputation::default(),
+            training: false,
+            noises: 0,
         }
+    }
+
+    /// Whether layers that are added from now on behave as in training (with dropout) or as in evaluation, which is how a graph
+    /// starts.
+    pub fn set_training(&mut self, training: bool) {
+        self.training = training;
+    }
+
+    /// Whether layers behave as in training.
+    #[must_use]
+    pub fn is_training(&self) -> bool {
+        self.training
+    }
+
+    /// The seed and step that noise is made from, and a number for one more operation that makes noise.
+    pub(crate) fn next_noise(&mut self) -> Result<(Value, u32)> {
+        let random = match self.noises {
+            0 => self.input(RANDOM, TensorType::i32([2]))?,
+            _ => self.named(RANDOM)?,
+        };
+        self.noises += 1;
+        Ok((random, self.noises - 1))
     }
 
     fn push(

@@ -196,6 +196,8 @@ impl Graph {
             updated: self.updated.clone(),
             recomputation: Recomputation::default(),
             precision: self.precision,
+            training: self.training,
+            noises: self.noises,
         })
     }
 }

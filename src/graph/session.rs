@@ -10,7 +10,7 @@ use crate::graph::halves::storages;
 use crate::graph::host_executor::HostExecutor;
 use crate::graph::plan::{MemoryReport, Place, Plan, Target, plan};
 use crate::graph::store::Memory;
-use crate::graph::{Graph, ParameterStore, Source, Storage, Value};
+use crate::graph::{Graph, ParameterStore, RANDOM, Source, Storage, Value};
 use crate::ops::{AliasKind, Op};
 use crate::tensor::{DType, Tensor, TensorType};
 
@@ -70,6 +70,15 @@ pub struct Session {
     compiled: Compiled,
     executor: Executor,
     written: HashMap<u32, bool>,
+    random: Option<Random>,
+}
+
+/// What the noise of the next run is made from.
+#[derive(Clone, Copy, Debug)]
+struct Random {
+    input: u32,
+    seed: u32,
+    step: u32,
 }
 
 impl Graph {
@@ -130,7 +139,17 @@ impl Graph {
             compiled,
             executor,
             written,
+            random: None,
         };
+        let random = session.compiled.inputs.get(RANDOM).copied();
+        session.random = random
+            .filter(|input| self.noises > 0 && session.written.contains_key(input))
+            .map(|input| Random {
+                input,
+                seed: 0,
+                step: 0,
+            });
+        session.write_random()?;
         if options.poison {
             session.poison()?;
         }
@@ -258,6 +277,56 @@ impl Session {
         }
     }
 
+    /// What the noise (dropout, jitter) of the next run is made from. Two runs with the same seed and step are equal bit for
+    /// bit; each run, timed ones included, goes on to the next step by itself, so that no two have the same noise. A session
+    /// starts at seed 0, step 0. Without effect if nothing in the session makes noise, or a host buffer is bound as its input.
+    ///
+    /// [`Session::encode`] cannot write: it uses the seed and step of this call, or those of the last run after it.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`] if the device is gone.
+    pub fn set_random(&mut self, seed: u32, step: u32) -> Result<()> {
+        if let Some(random) = &mut self.random {
+            (random.seed, random.step) = (seed, step);
+        }
+        self.write_random()
+    }
+
+    /// The seed and the step of the next run, as [`Session::set_random`] takes them; `None` if nothing makes noise. What a
+    /// training that goes on later has to keep.
+    #[must_use]
+    pub fn random(&self) -> Option<(u32, u32)> {
+        self.random.map(|random| (random.seed, random.step))
+    }
+
+    fn write_random(&mut self) -> Result<()> {
+        let Some(Random { input, seed, step }) = self.random else {
+            return Ok(());
+        };
+        self.written.insert(input, true);
+        let words = Tensor::i32([2], vec![seed as i32, step as i32])?;
+        self.write_memory(input, &words)
+    }
+
+    /// Writes the noise of this run, and goes on to the next step.
+    fn next_random(&mut self) -> Result<()> {
+        self.write_random()?;
+        if let Some(random) = &mut self.random {
+            random.step = random.step.wrapping_add(1);
+        }
+        Ok(())
+    }
+
+    fn write_memory(&mut self, input: u32, tensor: &Tensor) -> Result<()> {
+        match &mut self.executor {
+            Executor::Gpu(gpu) => gpu.write(Place::Input(input), tensor),
+            Executor::Host(host) => {
+                host.write(Place::Input(input), tensor);
+                Ok(())
+            }
+        }
+    }
+
     /// Writes an input by name. It stays until it is written again.
     ///
     /// # Errors
@@ -284,6 +353,11 @@ impl Session {
     /// range, [`Error::NotFinite`] for a NaN in checked mode, [`Error::UnknownName`] if the value is not an input.
     pub fn write(&mut self, value: Value, tensor: &Tensor) -> Result<()> {
         let index = self.index(value)?;
+        if self.random.is_some_and(|random| random.input == index)
+            && let Some(&[seed, step]) = tensor.as_i32()
+        {
+            return self.set_random(seed as u32, step as u32);
+        }
         let description = || self.compiled.descriptions[index as usize].clone();
         if !self.compiled.inputs.values().any(|&input| input == index) {
             return Err(Error::UnknownName {
@@ -329,13 +403,7 @@ impl Session {
             return Ok(());
         };
         *written = true;
-        match &mut self.executor {
-            Executor::Gpu(gpu) => gpu.write(Place::Input(index), tensor),
-            Executor::Host(host) => {
-                host.write(Place::Input(index), tensor);
-                Ok(())
-            }
-        }
+        self.write_memory(index, tensor)
     }
 
     /// Uses a buffer of the host application as the memory of an input or an output, instead of the session's own. It must
@@ -380,6 +448,7 @@ impl Session {
         gpu.bind(&self.plan, &self.compiled, index, buffer.clone())?;
         if is_input {
             self.written.insert(index, true);
+            self.random = self.random.filter(|random| random.input != index);
         }
         Ok(())
     }
@@ -412,6 +481,7 @@ impl Session {
     async fn run_with(&mut self, read: &[Value], poll: bool) -> Result<Vec<Tensor>> {
         self.ready()?;
         let indices = self.kept(read)?;
+        self.next_random()?;
         match &mut self.executor {
             Executor::Gpu(gpu) => gpu.run(&self.plan, &self.compiled, &indices, poll).await,
             Executor::Host(host) => {
@@ -448,7 +518,7 @@ impl Session {
     }
 
     /// Records a run into the host application's encoder: one compute pass, submitted whenever the application submits.
-    /// Checked mode does not look for NaN on this path.
+    /// Checked mode does not look for NaN on this path, and noise is as [`Session::set_random`] says.
     ///
     /// # Errors
     /// [`Error::MissingInput`] if an input was neither written nor bound, [`Error::NoAdapter`] on the CPU.
@@ -472,6 +542,7 @@ impl Session {
     /// [`Error::Gpu`] if the adapter has no timestamps inside passes, [`Error::NoAdapter`] on the CPU.
     pub fn profile(&mut self) -> Result<Vec<LaunchTiming>> {
         self.ready()?;
+        self.next_random()?;
         match &self.executor {
             Executor::Gpu(gpu) => gpu.profile(),
             Executor::Host(_) => Err(Error::NoAdapter {

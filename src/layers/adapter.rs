@@ -1,7 +1,9 @@
 //! What all low-rank adapters have in common.
 
 use crate::error::{Error, Result};
+use crate::graph::{Graph, Value};
 use crate::layers::Linear;
+use crate::ops::check_dropout;
 
 /// How alpha becomes the factor in front of an adapter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -13,7 +15,7 @@ pub enum AdapterScale {
     RankStabilized,
 }
 
-/// Rank and scale of a low-rank adapter.
+/// Rank, scale and dropout of a low-rank adapter.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdapterOptions {
     /// The rank.
@@ -22,6 +24,10 @@ pub struct AdapterOptions {
     pub alpha: f32,
     /// What that becomes.
     pub scale: AdapterScale,
+    /// The probability with which an element of what A reads is dropped, in graphs that train
+    /// ([`Graph::set_training`]); 0 is none. As in PEFT it concerns the adapter's path alone: neither the layer
+    /// underneath nor a gate that looks at the layer's input, and experts that share an input share its mask.
+    pub dropout: f32,
 }
 
 impl AdapterOptions {
@@ -32,7 +38,15 @@ impl AdapterOptions {
             rank,
             alpha,
             scale: AdapterScale::Standard,
+            dropout: 0.0,
         }
+    }
+
+    /// The same options, with dropout in training.
+    #[must_use]
+    pub fn with_dropout(mut self, probability: f32) -> Self {
+        self.dropout = probability;
+        self
     }
 
     /// The factor in front of the adapter.
@@ -41,6 +55,15 @@ impl AdapterOptions {
         match self.scale {
             AdapterScale::Standard => self.alpha / self.rank as f32,
             AdapterScale::RankStabilized => self.alpha / (self.rank as f32).sqrt(),
+        }
+    }
+
+    /// What A reads: `x`, in training with dropout.
+    pub(crate) fn adapter_input(&self, graph: &mut Graph, x: Value) -> Result<Value> {
+        if graph.is_training() {
+            graph.dropout(x, self.dropout)
+        } else {
+            Ok(x)
         }
     }
 
@@ -55,6 +78,7 @@ impl AdapterOptions {
         if !self.alpha.is_finite() {
             return Err(Error::setting("alpha", self.alpha, "must be finite"));
         }
+        check_dropout(self.dropout)?;
         if base.d_in == 0 || base.d_out == 0 {
             return Err(Error::setting(
                 "d_in, d_out",

@@ -14,7 +14,8 @@ use crate::ops::{CoreMix, MatMul, Routed};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CoreRouting {
-    /// The latent `A x`, `[tokens, rank]`: core routing, a router of `experts * rank` numbers.
+    /// The latent `A x`, `[tokens, rank]`, in training that of the dropped-out `x`: core routing, a router of `experts * rank`
+    /// numbers.
     #[default]
     Core,
     /// The layer's input, `[tokens, d_in]`: raw routing.
@@ -47,7 +48,7 @@ pub enum CoreRouting {
 pub struct CoMol {
     /// The layer underneath.
     pub base: Linear,
-    /// Rank and scale.
+    /// Rank, scale and dropout.
     pub options: AdapterOptions,
     /// How many core matrices there are.
     pub experts: usize,
@@ -118,7 +119,7 @@ impl CoMol {
     /// CoMoL on a linear layer, with core routing, a dense gate, and parameters of its own.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the rank or the number of experts is 0, or alpha is not finite.
+    /// [`Error::Setting`] if the rank or the number of experts is 0, alpha is not finite, or the dropout not in `0..1`.
     pub fn new(base: Linear, options: AdapterOptions, experts: usize) -> Result<Self> {
         options.check(&base)?;
         if experts == 0 {
@@ -236,7 +237,8 @@ impl CoMol {
             kaiming(width),
             true,
         )?;
-        let z = graph.matmul_nt(x, a)?;
+        let adapted = self.options.adapter_input(graph, x)?;
+        let z = graph.matmul_nt(adapted, a)?;
         let routed_by = match self.routing {
             CoreRouting::Core => z,
             CoreRouting::Raw => x,

@@ -11,7 +11,7 @@ use crate::ops::MatMul;
 pub struct Lora {
     /// The layer underneath.
     pub base: Linear,
-    /// Rank and scale.
+    /// Rank, scale and dropout.
     pub options: AdapterOptions,
 }
 
@@ -19,7 +19,7 @@ impl Lora {
     /// LoRA on a linear layer.
     ///
     /// # Errors
-    /// [`Error::Setting`](crate::Error::Setting) if the rank is 0 or alpha is not finite.
+    /// [`Error::Setting`](crate::Error::Setting) if the rank is 0, alpha is not finite, or the dropout not in `0..1`.
     pub fn new(base: Linear, options: AdapterOptions) -> Result<Self> {
         options.check(&base)?;
         Ok(Self { base, options })
@@ -42,7 +42,8 @@ impl Lora {
             true,
         )?;
         let b = graph.parameter(&format!("{name}.lora_b"), [*d_out, rank], Init::Zeros, true)?;
-        let z = graph.matmul_nt(x, a)?;
+        let adapted = self.options.adapter_input(graph, x)?;
+        let z = graph.matmul_nt(adapted, a)?;
         let expand = MatMul {
             transpose_b: true,
             alpha: self.options.factor(),

@@ -85,7 +85,7 @@ impl RoutedOutput {
 pub struct MoeLora {
     /// The layer underneath.
     pub base: Linear,
-    /// Rank and scale of each expert.
+    /// Rank and scale of each expert, and dropout.
     pub options: AdapterOptions,
     /// Experts and gate.
     pub router: RouterOptions,
@@ -95,7 +95,8 @@ impl MoeLora {
     /// A mixture of LoRA experts on a linear layer.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the rank or the number of experts is 0, or `top_k` is not between 1 and that.
+    /// [`Error::Setting`] if the rank or the number of experts is 0, alpha is not finite, the dropout not in `0..1`, or `top_k` not
+    /// between 1 and the number of experts.
     pub fn new(base: Linear, options: AdapterOptions, router: RouterOptions) -> Result<Self> {
         options.check(&base)?;
         router.check()?;
@@ -155,7 +156,8 @@ impl MoeLora {
             let logits = graph.matmul_nt(x, router)?;
             Ok::<_, Error>((logits, graph.route(logits, top_k, renormalize)?))
         })?;
-        let z = graph.shrink(x, a, Layout::OutIn, routed.segments)?;
+        let adapted = self.options.adapter_input(graph, x)?;
+        let z = graph.shrink(adapted, a, Layout::OutIn, routed.segments)?;
         let z = latents(graph, z, &routed)?;
         let output = graph.expand(
             z,

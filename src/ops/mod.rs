@@ -18,6 +18,7 @@ mod host_gemm;
 mod loss_scale;
 mod matmul;
 mod mix_cores;
+mod noise;
 mod reshape;
 mod rms_norm;
 mod rotate_cayley;
@@ -34,6 +35,7 @@ mod silu;
 mod softmax;
 mod sort;
 mod sum;
+mod threefry;
 mod unary;
 mod z_loss;
 
@@ -48,10 +50,12 @@ pub use loss_scale::LossScaling;
 pub(crate) use loss_scale::STATE_LENGTH;
 pub use matmul::MatMul;
 pub use mix_cores::CoreMix;
+pub(crate) use noise::check_dropout;
 pub use rotation::Rotation;
 pub use route::Routed;
 pub use segments::{Layout, Segments};
 pub use sort::Sorted;
+pub use threefry::threefry;
 
 use crate::device::{Capabilities, Launches};
 use crate::error::{Error, Result};

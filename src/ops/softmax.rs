@@ -56,6 +56,10 @@ impl Op for Softmax {
         "softmax"
     }
 
+    fn keeps_f32(&self, _output: usize) -> bool {
+        true
+    }
+
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 1)?;
         dims_f32::<2>(self.name(), "the logits", &inputs[0])?;

@@ -13,6 +13,7 @@ mod layers;
 mod losses;
 mod metrics;
 mod mistakes;
+mod noise;
 mod parity;
 mod recomputation;
 mod rotation_facts;
@@ -35,6 +36,7 @@ fn main() {
         losses::trials(),
         mistakes::trials(),
         recomputation::trials(),
+        noise::trials(),
         rotation_facts::trials(),
         shaders::trials(),
         storage::trials(),

@@ -4,6 +4,7 @@ mod arithmetic;
 mod cores;
 mod grouped;
 mod model_parts;
+mod noise;
 mod products;
 mod rotation;
 
@@ -17,6 +18,7 @@ pub fn all() -> Vec<Case> {
         products::cases(),
         grouped::cases(),
         model_parts::cases(),
+        noise::cases(),
         rotation::cases(),
     ]
     .into_iter()
