@@ -38,7 +38,7 @@ pub(crate) use host::HostBuffer;
 pub use host::{HostIo, Real};
 pub use matmul::MatMul;
 pub use rotation::Rotation;
-pub use route::Routed;
+pub use route::{Route, Routed, Score};
 pub use segments::{Layout, Segments};
 pub use sort::Sorted;
 
