@@ -1,6 +1,6 @@
 // Arithmetic on one tensor:   y[i] = f(x[i])
 //
-//   FUNCTION      0 scale x + offset    1 x^2    2 sqrt x    3 1 / x    4 exp x    5 ln x
+//   FUNCTION      0 scale x + offset    1 x^2    2 sqrt x    3 1 / x    4 exp x    5 ln x    6 1 / (1 + exp(-x))
 //
 // Layouts       both [elements] f32, as vec4s: every buffer is a multiple of 16 bytes, what is past the end is never used.
 // Grid          one invocation a vec4, folded into (x, y) because a dimension stops at 65,535 workgroups.
@@ -34,7 +34,11 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
     y[q] = 1.0 / v;
   } else if (FUNCTION == 4u) {
     y[q] = exp(v);
-  } else {
+  } else if (FUNCTION == 5u) {
     y[q] = log(v);
+  } else {
+    // only the exponential of a number that is not positive is taken
+    let e = exp(-abs(v));
+    y[q] = select(e, vec4(1.0), v >= vec4(0.0)) / (1.0 + e);
   }
 }

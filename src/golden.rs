@@ -10,9 +10,10 @@ use crate::error::{Error, Result};
 use crate::formats::{TensorFile, read_bytes};
 use crate::graph::{Graph, ParameterStore, Value};
 use crate::layers::{
-    AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, RoutedOutput, RouterOptions,
+    AdapterOptions, FeedForward, GateInput, LatentMoe, Linear, Lora, Moe, MoeLora, RotMole,
+    RoutedOutput, Routing,
 };
-use crate::ops::Rotation;
+use crate::ops::{Activation, Rotation};
 use crate::tensor::{Tensor, TensorType};
 
 /// The largest ‖got - want‖ / ‖want‖ that passes, for 32-bit kernels.
@@ -23,13 +24,20 @@ pub const ELEMENT_TOLERANCE: f64 = 1e-4;
 /// The layer's name in a graph; parameter `param.X` of the file is `layer.X`.
 const LAYER: &str = "layer";
 
+/// The layers that can be replayed.
+const LAYERS: [&str; 5] = ["lora", "moe_lora", "rotmole", "moe", "latent_moe"];
+
 /// The settings of a case, from the file's metadata.
 #[derive(Clone, Debug, Deserialize)]
 struct Config {
     tokens: usize,
+    #[serde(default)]
     d_in: usize,
+    #[serde(default)]
     d_out: usize,
+    #[serde(default)]
     rank: usize,
+    #[serde(default)]
     alpha: f32,
     #[serde(default)]
     experts: usize,
@@ -40,6 +48,18 @@ struct Config {
     #[serde(default)]
     gate_input: GateInput,
     #[serde(default)]
+    hidden: usize,
+    #[serde(default)]
+    intermediate: usize,
+    #[serde(default)]
+    latent: usize,
+    #[serde(default)]
+    groups: usize,
+    #[serde(default)]
+    activation: Activation,
+    #[serde(default)]
+    factored_down: bool,
+    #[serde(default)]
     balance_coef: f32,
     #[serde(default)]
     z_coef: f32,
@@ -49,12 +69,23 @@ fn default_rotation() -> Rotation {
     Rotation::Planes
 }
 
+impl Config {
+    /// Width of the layer's input: `d_in` of an adapted linear layer, `hidden` of a feed-forward layer.
+    fn input_width(&self) -> usize {
+        if self.hidden > 0 {
+            self.hidden
+        } else {
+            self.d_in
+        }
+    }
+}
+
 /// A golden case.
 #[derive(Clone, Debug)]
 pub struct GoldenCase {
     /// The file's name without its ending.
     pub name: String,
-    /// `lora`, `moe_lora` or `rotmole`.
+    /// `lora`, `moe_lora`, `rotmole`, `moe` or `latent_moe`.
     pub layer: String,
     config: Config,
     file: TensorFile,
@@ -128,9 +159,10 @@ impl GoldenCase {
                 .ok_or_else(|| wrong(format!("the metadata has no `{name}`: not a golden case")))
         };
         let layer = entry("layer")?;
-        if !["lora", "moe_lora", "rotmole"].contains(&layer.as_str()) {
+        if !LAYERS.contains(&layer.as_str()) {
             return Err(wrong(format!(
-                "the layer `{layer}` is unknown; lora, moe_lora and rotmole can be replayed"
+                "the layer `{layer}` is unknown; {} can be replayed",
+                LAYERS.join(", ")
             )));
         }
         let config: Config = serde_json::from_str(&entry("config")?)
@@ -170,7 +202,7 @@ impl GoldenCase {
     async fn replay_with(&self, device: &Device, block: bool) -> Result<Replay> {
         let mut graph = Graph::new();
         let config = &self.config;
-        let x = graph.input("x", TensorType::f32([config.tokens, config.d_in]))?;
+        let x = graph.input("x", TensorType::f32([config.tokens, config.input_width()]))?;
         let (output, routed) = self.build(&mut graph, x)?;
         let upstream = graph.constant(self.file.tensor("grad.output")?.clone())?;
         let mut seeds = vec![(output, upstream)];
@@ -224,14 +256,34 @@ impl GoldenCase {
 
     fn build(&self, graph: &mut Graph, x: Value) -> Result<(Value, Option<RoutedOutput>)> {
         let config = &self.config;
+        let routing = Routing::new(config.experts, config.top_k);
+        let expert = FeedForward {
+            activation: config.activation,
+            ..FeedForward::new(config.hidden, config.intermediate)
+        };
+        match self.layer.as_str() {
+            "moe" => {
+                let routed = Moe::new(LAYER, expert, routing)?.forward(graph, x)?;
+                return Ok((routed.output, Some(routed)));
+            }
+            "latent_moe" => {
+                let mut layer =
+                    LatentMoe::new(LAYER, expert, config.latent, config.groups, routing)?;
+                layer.factored_down = config.factored_down;
+                let routed = layer.forward(graph, x)?;
+                return Ok((routed.output, Some(routed)));
+            }
+            _ => {}
+        }
         let base = Linear::new(LAYER, config.d_in, config.d_out);
         let options = AdapterOptions::new(config.rank, config.alpha);
-        let router = RouterOptions::new(config.experts, config.top_k);
         let routed = match self.layer.as_str() {
             "lora" => return Ok((Lora::new(base, options)?.forward(graph, x)?, None)),
-            "moe_lora" => MoeLora::new(base, options, router)?.forward(graph, x)?,
-            _ => RotMole::with_rotation(base, options, router, config.rotation, config.gate_input)?
-                .forward(graph, x)?,
+            "moe_lora" => MoeLora::new(base, options, routing)?.forward(graph, x)?,
+            _ => {
+                RotMole::with_rotation(base, options, routing, config.rotation, config.gate_input)?
+                    .forward(graph, x)?
+            }
         };
         Ok((routed.output, Some(routed)))
     }

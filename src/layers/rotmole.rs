@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::graph::{Graph, Init, Value};
-use crate::layers::{AdapterOptions, Linear, MoeLora, RoutedOutput, RouterOptions};
+use crate::layers::{AdapterOptions, Linear, MoeLora, RoutedOutput, Routing};
 use crate::ops::{Layout, Rotation};
 
 /// What the rotation gate looks at.
@@ -35,8 +35,8 @@ impl RotMole {
     ///
     /// # Errors
     /// [`Error::Setting`](crate::Error::Setting) as for [`MoeLora::new`], and if the rank is odd: planes pair coordinates up.
-    pub fn new(base: Linear, options: AdapterOptions, router: RouterOptions) -> Result<Self> {
-        Self::with_rotation(base, options, router, Rotation::Planes, GateInput::Input)
+    pub fn new(base: Linear, options: AdapterOptions, routing: Routing) -> Result<Self> {
+        Self::with_rotation(base, options, routing, Rotation::Planes, GateInput::Input)
     }
 
     /// RotMoLE with another kind of rotation, or with a gate that looks at the latent.
@@ -46,13 +46,13 @@ impl RotMole {
     pub fn with_rotation(
         base: Linear,
         options: AdapterOptions,
-        router: RouterOptions,
+        routing: Routing,
         rotation: Rotation,
         gate_input: GateInput,
     ) -> Result<Self> {
         rotation.numbers(options.rank)?;
         Ok(Self {
-            mixture: MoeLora::new(base, options, router)?,
+            mixture: MoeLora::new(base, options, routing)?,
             rotation,
             gate_input,
         })
@@ -67,7 +67,7 @@ impl RotMole {
         let name = format!("{}.rotation_gate", self.mixture.base.name);
         let gate = graph.parameter(
             &name,
-            [self.mixture.router.experts, numbers, width],
+            [self.mixture.routing.experts, numbers, width],
             Init::Zeros,
             true,
         )?;
@@ -96,6 +96,6 @@ impl RotMole {
     /// [`Error::Setting`](crate::Error::Setting) if the rank was changed to one that does not suit the rotation.
     pub fn trainable_elements(&self) -> Result<usize> {
         let (numbers, width) = self.gate_sizes()?;
-        Ok(self.mixture.trainable_elements() + self.mixture.router.experts * numbers * width)
+        Ok(self.mixture.trainable_elements() + self.mixture.routing.experts * numbers * width)
     }
 }

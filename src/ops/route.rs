@@ -145,12 +145,7 @@ impl Route {
         }
     }
 
-    fn launch(
-        &self,
-        entry: &'static str,
-        [tokens, experts]: [usize; 2],
-        biased: bool,
-    ) -> Launch {
+    fn launch(&self, entry: &'static str, [tokens, experts]: [usize; 2], biased: bool) -> Launch {
         Launch::new(shader!("route"), entry)
             .constant("RENORMALIZE", self.renormalize)
             .constant("SIGMOID", self.score == Score::Sigmoid)

@@ -1,9 +1,10 @@
-//! Arithmetic on one tensor, element by element: a x + b, negation, square, square root, reciprocal, exp, ln.
+//! Arithmetic on one tensor, element by element: a x + b, negation, square, square root, reciprocal, exp, ln, sigmoid.
 
 use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::silu::sigmoids;
 use crate::ops::{HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, shader};
 use crate::tensor::{DType, TensorType};
 
@@ -18,6 +19,7 @@ enum Function {
     Reciprocal,
     Exp,
     Ln,
+    Sigmoid,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -87,6 +89,14 @@ impl Graph {
     pub fn ln(&mut self, x: Value) -> Result<Value> {
         self.apply1(Unary(Function::Ln), &[x])
     }
+
+    /// `1 / (1 + e^-x)`, element by element; does not overflow.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `x` holds integers.
+    pub fn sigmoid(&mut self, x: Value) -> Result<Value> {
+        self.apply1(Unary(Function::Sigmoid), &[x])
+    }
 }
 
 impl Unary {
@@ -103,6 +113,7 @@ impl Unary {
             Function::Reciprocal => x.recip(),
             Function::Exp => x.exp(),
             Function::Ln => x.ln(),
+            Function::Sigmoid => sigmoids(x).0,
         };
         for (y, &x) in y.iter_mut().zip(x) {
             *y = apply(x);
@@ -120,6 +131,7 @@ impl Op for Unary {
             Function::Reciprocal => "reciprocal",
             Function::Exp => "exp",
             Function::Ln => "ln",
+            Function::Sigmoid => "sigmoid",
         }
     }
 
@@ -152,6 +164,13 @@ impl Op for Unary {
             }
             Function::Exp => graph.mul(dy, y)?,
             Function::Ln => graph.div(dy, x)?,
+            Function::Sigmoid => {
+                // 1 - y as the sigmoid of -x: it keeps its digits where y is nearly 1.
+                let minus_x = graph.neg(x)?;
+                let complement = graph.sigmoid(minus_x)?;
+                let slope = graph.mul(y, complement)?;
+                graph.mul(dy, slope)?
+            }
         };
         context.add(0, dx)
     }
@@ -165,6 +184,7 @@ impl Op for Unary {
             Function::Reciprocal => (3, 0.0, 0.0),
             Function::Exp => (4, 0.0, 0.0),
             Function::Ln => (5, 0.0, 0.0),
+            Function::Sigmoid => (6, 0.0, 0.0),
         };
         let launch = Launch::new(shader!("unary"), "forward")
             .constant("FUNCTION", code)

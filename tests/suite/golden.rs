@@ -14,14 +14,14 @@ fn files() -> Vec<PathBuf> {
         .map(|entry| entry.expect("a folder can be listed").path())
         .filter(|path| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            ["lora_", "moe_lora_", "rotmole_"]
+            ["lora_", "moe_lora_", "rotmole_", "moe_", "latent_moe_"]
                 .iter()
                 .any(|layer| name.starts_with(layer))
         })
         .collect();
     files.sort();
     assert!(
-        files.len() >= 12,
+        files.len() >= 16,
         "there are only {} golden cases",
         files.len()
     );
