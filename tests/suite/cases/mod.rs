@@ -1,7 +1,8 @@
 //! The cases, one file for each family of operations.
 
 mod arithmetic;
-mod grouped;
+mod experts;
+pub mod grouped;
 mod model_parts;
 mod products;
 mod rotation;
@@ -14,6 +15,7 @@ pub fn all() -> Vec<Case> {
         arithmetic::cases(),
         products::cases(),
         grouped::cases(),
+        experts::cases(),
         model_parts::cases(),
         rotation::cases(),
     ]
