@@ -4,7 +4,7 @@ mod support;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rankmix::TensorType;
-use rankmix::layers::{AdapterOptions, GateInput, Linear, RotMole, RouterOptions};
+use rankmix::layers::{AdapterOptions, GateInput, Linear, RotMole, Routing};
 use rankmix::ops::Rotation;
 
 const TOKENS: usize = 512;
@@ -21,7 +21,7 @@ fn run(criterion: &mut Criterion) {
         let layer = RotMole::with_rotation(
             Linear::new("layer", WIDTH, WIDTH),
             AdapterOptions::new(RANK, 32.0),
-            RouterOptions::new(EXPERTS, TOP_K),
+            Routing::new(EXPERTS, TOP_K),
             rotation,
             gate_input,
         )

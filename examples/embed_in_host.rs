@@ -5,7 +5,7 @@
 
 use std::error::Error;
 
-use rankmix::layers::{AdapterOptions, Linear, RotMole, RouterOptions};
+use rankmix::layers::{AdapterOptions, Linear, RotMole, Routing};
 use rankmix::{Device, Graph, ParameterStore, TensorType, wgpu};
 
 const TOKENS: usize = 32;
@@ -59,7 +59,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let layer = RotMole::new(
         Linear::new("proj", D_IN, D_OUT),
         AdapterOptions::new(8, 16.0),
-        RouterOptions::new(4, 2),
+        Routing::new(4, 2),
     )?;
     let output = layer.forward(&mut graph, input)?.output;
     graph.output(output)?;

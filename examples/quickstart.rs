@@ -2,7 +2,7 @@
 //!
 //!     cargo run --release --example quickstart
 
-use rankmix::layers::{AdapterOptions, Linear, RotMole, RouterOptions};
+use rankmix::layers::{AdapterOptions, Linear, RotMole, Routing};
 use rankmix::train::AdamW;
 use rankmix::{Device, Graph, ParameterStore, Result, Tensor, TensorType};
 
@@ -13,7 +13,7 @@ fn main() -> Result<()> {
     let target = graph.input("target", TensorType::f32([64, 128]))?;
 
     let base = Linear::new("proj", 256, 128); // frozen
-    let layer = RotMole::new(base, AdapterOptions::new(8, 16.0), RouterOptions::new(4, 2))?;
+    let layer = RotMole::new(base, AdapterOptions::new(8, 16.0), Routing::new(4, 2))?;
     let y = layer.forward(&mut graph, x)?.output;
     let error = graph.sub(y, target)?;
     let square = graph.square(error)?;

@@ -2,7 +2,7 @@
 //
 //   load        f[e] = (how many of the choices are e) / (T k); no gradient flows through it
 //   row         mixed[t] = sum_e f[e] p[t, e]
-//   total       loss = scale sum_t mixed[t]                                       scale = E / T
+//   total       loss = scale sum_t mixed[t]                                       scale = E / T, k times that in Hugging Face's form
 //   backward    dlogits[t, e] = dloss scale p[t, e] (f[e] - mixed[t])
 //
 // Layouts       logits, dlogits: [T, E] row-major;  chosen: [T, k];  f: [E];  mixed: [T];  loss, dloss: one number.

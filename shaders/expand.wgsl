@@ -1,20 +1,24 @@
 // Grouped expand:   y[t, :] (+)= scale sum over the slots j of g[t, j] W[e(t, j)] z[t slots + j, :]
 //
 // Layouts       z: [pairs, in];  weight: [experts, out, in] (OUT_IN) or [experts, in, out];  experts: [tokens, slots];
-//               gates: [tokens, slots] (GATED, else 1);  y: [tokens, out], added into (ACCUMULATE) or written.
+//               gates: [tokens, slots] (GATED, else 1);  y: [rows, out], added into (ACCUMULATE) or written: one row a token, or
+//               rows_per_token of them, where row_of_pair says into which a pair is summed (MAPPED).
+//               A pair whose expert is no expert adds nothing.
 //               z and weight are read as vec4s (ALIGNED: every row starts at a multiple of 4), or element by element.
-// Grid          one workgroup for LANES_TOKENS tokens x LANES_OUT blocks of 4 outputs; folded into (x, y).
-// Work          an invocation sums over all slots of its token: nothing of size [pairs, out] is stored, the order is fixed.
+// Grid          one workgroup for LANES_ROWS rows x LANES_OUT blocks of 4 outputs; folded into (x, y).
+// Work          an invocation sums over all slots of its row's token: nothing of size [pairs, out] is stored, the order is fixed.
 
-override LANES_TOKENS: u32 = 1u;
+override LANES_ROWS: u32 = 1u;
 override LANES_OUT: u32 = 64u;
 override OUT_IN: bool = true;
 override ALIGNED: bool = true;
 override GATED: bool = true;
+override MAPPED: bool = false;
 override ACCUMULATE: bool = true;
 
 struct Params {
-  tokens: u32,
+  rows: u32,
+  rows_per_token: u32,
   slots: u32,
   experts: u32,
   out: u32,
@@ -30,6 +34,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read> experts: array<u32>;
 @group(0) @binding(4) var<storage, read> gates: array<f32>;
 @group(0) @binding(5) var<storage, read_write> y: array<f32>;
+@group(0) @binding(6) var<storage, read> row_of_pair: array<u32>;
 
 fn z_element(index: u32, inside: bool) -> f32 {
   if (!inside) { return 0.0; }
@@ -60,12 +65,12 @@ fn store(at: u32, inside: bool, value: f32) {
   if (ACCUMULATE) { y[at] += value; } else { y[at] = value; }
 }
 
-@compute @workgroup_size(LANES_OUT, LANES_TOKENS)
+@compute @workgroup_size(LANES_OUT, LANES_ROWS)
 fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
   let group = workgroup.y * params.groups_per_row + workgroup.x;
-  let token = group / params.out_groups * LANES_TOKENS + local.y;
+  let row = group / params.out_groups * LANES_ROWS + local.y;
   let out = ((group % params.out_groups) * LANES_OUT + local.x) * 4u;
-  if (token >= params.tokens || out >= params.out) { return; }
+  if (row >= params.rows || out >= params.out) { return; }
   let last_out = params.out - 1u;
   let o1 = min(out + 1u, last_out);
   let o2 = min(out + 2u, last_out);
@@ -73,8 +78,13 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 
   var sum = vec4(0.0);
   for (var slot = 0u; slot < params.slots; slot++) {
-    let pair = token * params.slots + slot;
-    let base = min(experts[pair], params.experts - 1u) * params.out * params.in;
+    let pair = row / params.rows_per_token * params.slots + slot;
+    let expert = experts[pair];
+    if (expert >= params.experts) { continue; }
+    if (MAPPED) {
+      if (row_of_pair[pair] != row) { continue; }
+    }
+    let base = expert * params.out * params.in;
     var part = vec4(0.0);
     for (var i = 0u; i < params.in; i += 4u) {
       let latent = z_block(pair, i);
@@ -93,7 +103,7 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
     if (GATED) { factor *= gates[pair]; }
     sum += factor * part;
   }
-  let at = token * params.out + out;
+  let at = row * params.out + out;
   let left = params.out - out;
   store(at, true, sum.x);
   store(at + 1u, left > 1u, sum.y);

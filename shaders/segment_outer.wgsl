@@ -1,7 +1,8 @@
 // Weight gradients by expert segment:   dW[e] = scale sum over the pairs p of e of g[p] left[p / left_share] right[p / right_share]^T
 //
 // Layouts       left: [rows, a];  right: [rows, b];  order: pairs sorted by expert;  offsets: where each expert's pairs start;
-//               gates: [pairs] (GATED, else 1);  dW: [experts, a, b].
+//               gates: [pairs] (GATED, else 1);  dW: [experts, a, b].  rows: the row of right that a pair reads (MAPPED), in place of
+//               p / right_share. A segment after those of the experts is of pairs that belong to none, and not read.
 //               left and right are read as vec4s (ALIGNED: every row starts at a multiple of 4), or element by element.
 // Grid          one workgroup for LANES_LEFT x LANES_RIGHT tiles of 4 x 4 of one expert's gradient; folded into (x, y).
 // Work          an invocation walks its expert's pairs in sorted order: no atomics, and the order of the sum is always the same.
@@ -10,6 +11,7 @@ override LANES_LEFT: u32 = 4u;
 override LANES_RIGHT: u32 = 16u;
 override ALIGNED: bool = true;
 override GATED: bool = true;
+override MAPPED: bool = false;
 
 struct Params {
   experts: u32,
@@ -17,6 +19,7 @@ struct Params {
   right: u32,
   left_share: u32,
   right_share: u32,
+  right_rows: u32,
   scale: f32,
   left_groups: u32,
   right_groups: u32,
@@ -30,6 +33,7 @@ struct Params {
 @group(0) @binding(4) var<storage, read> offsets: array<u32>;
 @group(0) @binding(5) var<storage, read> gates: array<f32>;
 @group(0) @binding(6) var<storage, read_write> gradient: array<f32>;
+@group(0) @binding(7) var<storage, read> rows: array<u32>;
 
 fn left_element(index: u32, inside: bool) -> f32 {
   if (!inside) { return 0.0; }
@@ -85,7 +89,9 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
   for (var place = offsets[expert]; place < end; place++) {
     let pair = order[place];
     var l = left_block(pair / params.left_share, row);
-    let r = right_block(pair / params.right_share, column);
+    var right_row = pair / params.right_share;
+    if (MAPPED) { right_row = min(rows[pair], params.right_rows - 1u); }
+    let r = right_block(right_row, column);
     if (GATED) { l *= gates[pair]; }
     g0 += l.x * r;
     g1 += l.y * r;

@@ -1,9 +1,10 @@
 // Grouped shrink:   z[p, :] = W[e] x[p / share, :]    for the pairs p of every expert e
 //
 // Layouts       x: [rows, in];  weight: [experts, out, in] (OUT_IN) or [experts, in, out];  order: pairs sorted by expert;
-//               offsets: where each expert's pairs start;  z: [pairs, out], in the order of the pairs, not the sorted one.
+//               offsets: where each segment's pairs start;  z: [pairs, out], in the order of the pairs, not the sorted one.
+//               There may be one segment more than experts: its pairs belong to none and get zeros.
 //               x and weight are read as vec4s (ALIGNED: every row starts at a multiple of 4), or element by element.
-// Grid          one workgroup for LANES_PAIRS x LANES_OUT tiles of 4 pairs x 4 outputs; tiles of all experts, an upper bound of
+// Grid          one workgroup for LANES_PAIRS x LANES_OUT tiles of 4 pairs x 4 outputs; tiles of all segments, an upper bound of
 //               them, times the tiles along out; folded into (x, y).
 // Work          an invocation keeps 4 named vec4s and goes through in by 4: 8 vec4 loads, 64 multiply-adds. Rows past the end of
 //               the segment or of out are read as the last one inside and not stored.
@@ -15,6 +16,7 @@ override ALIGNED: bool = true;
 
 struct Params {
   experts: u32,
+  segments: u32,
   out: u32,
   in: u32,
   share: u32,
@@ -32,14 +34,14 @@ struct Params {
 struct SegmentTile {
   expert: u32,
   first: u32, // the tile's first place in the sorted order
-  end: u32,   // the end of the expert's segment
+  end: u32,   // the end of the segment
   found: bool,
 }
 
-// The launch has an upper bound of tiles: each finds its own by walking over the experts, so that nothing is read back.
+// The launch has an upper bound of tiles: each finds its own by walking over the segments, so that nothing is read back.
 fn find_tile(tile: u32, pairs_per_tile: u32) -> SegmentTile {
   var before = 0u;
-  for (var expert = 0u; expert < params.experts; expert++) {
+  for (var expert = 0u; expert < params.segments; expert++) {
     let start = offsets[expert];
     let end = offsets[expert + 1u];
     let tiles = (end - start + pairs_per_tile - 1u) / pairs_per_tile;
@@ -112,7 +114,9 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
   var z1 = vec4(0.0);
   var z2 = vec4(0.0);
   var z3 = vec4(0.0);
-  for (var i = 0u; i < params.in; i += 4u) {
+  // no turn of the loop for pairs of no expert: they keep their zeros, and no weight is read
+  let end = select(0u, params.in, tile.expert < params.experts);
+  for (var i = 0u; i < end; i += 4u) {
     // four rows along in, each four outputs wide
     var w: mat4x4<f32>;
     if (OUT_IN) {

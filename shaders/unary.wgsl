@@ -1,6 +1,7 @@
 // Arithmetic on one tensor:   y[i] = f(x[i])
 //
 //   FUNCTION      0 scale x + offset    1 x^2    2 sqrt x    3 1 / x    4 exp x    5 ln x    6 tanh x    7 1 - tanh^2 x
+//                 8 1 / (1 + exp(-x))
 //
 // Layouts       both [elements] f32, as vec4s: every buffer is a multiple of 16 bytes, what is past the end is never used.
 // Grid          one invocation a vec4, folded into (x, y) because a dimension stops at 65,535 workgroups.
@@ -54,7 +55,11 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
     y[q] = log(v);
   } else if (FUNCTION == 6u) {
     y[q] = hyperbolic_tangent(v);
-  } else {
+  } else if (FUNCTION == 7u) {
     y[q] = hyperbolic_tangent_slope(v);
+  } else {
+    // only the exponential of a number that is not positive is taken
+    let e = exp(-abs(v));
+    y[q] = select(e, vec4(1.0), v >= vec4(0.0)) / (1.0 + e);
   }
 }

@@ -10,10 +10,10 @@ use crate::error::{Error, Result};
 use crate::formats::{TensorFile, read_bytes};
 use crate::graph::{Graph, ParameterStore, Precision, Storage, Value};
 use crate::layers::{
-    AdapterOptions, CoMol, CoreRouting, GateInput, Linear, Lora, MoeLora, RotMole, RoutedOutput,
-    RouterOptions,
+    AdapterOptions, CoMol, CoreRouting, FeedForward, GateInput, LatentMoe, Linear, Lora, Moe,
+    MoeLora, RotMole, RoutedOutput, Routing,
 };
-use crate::ops::Rotation;
+use crate::ops::{Activation, Rotation};
 use crate::tensor::{Tensor, TensorType};
 
 /// The largest ‖got - want‖ / ‖want‖ that passes, for 32-bit kernels.
@@ -27,13 +27,20 @@ pub const HALF_TOLERANCES: (f64, f64) = (5e-3, 2e-2);
 /// The layer's name in a graph; parameter `param.X` of the file is `layer.X`.
 const LAYER: &str = "layer";
 
+/// The layers that can be replayed.
+const LAYERS: [&str; 6] = ["lora", "moe_lora", "rotmole", "comol", "moe", "latent_moe"];
+
 /// The settings of a case, from the file's metadata.
 #[derive(Clone, Debug, Deserialize)]
 struct Config {
     tokens: usize,
+    #[serde(default)]
     d_in: usize,
+    #[serde(default)]
     d_out: usize,
+    #[serde(default)]
     rank: usize,
+    #[serde(default)]
     alpha: f32,
     #[serde(default)]
     experts: usize,
@@ -48,9 +55,32 @@ struct Config {
     #[serde(default)]
     bounded: bool,
     #[serde(default)]
+    hidden: usize,
+    #[serde(default)]
+    intermediate: usize,
+    #[serde(default)]
+    latent: usize,
+    #[serde(default)]
+    groups: usize,
+    #[serde(default)]
+    activation: Activation,
+    #[serde(default)]
+    factored_down: bool,
+    #[serde(default)]
     balance_coef: f32,
     #[serde(default)]
     z_coef: f32,
+}
+
+impl Config {
+    /// Width of the layer's input: `d_in` of an adapted linear layer, `hidden` of a feed-forward layer.
+    fn input_width(&self) -> usize {
+        if self.hidden > 0 {
+            self.hidden
+        } else {
+            self.d_in
+        }
+    }
 }
 
 /// A golden case.
@@ -58,7 +88,7 @@ struct Config {
 pub struct GoldenCase {
     /// The file's name without its ending.
     pub name: String,
-    /// `lora`, `moe_lora`, `rotmole` or `comol`.
+    /// `lora`, `moe_lora`, `rotmole`, `comol`, `moe` or `latent_moe`.
     pub layer: String,
     config: Config,
     file: TensorFile,
@@ -132,9 +162,10 @@ impl GoldenCase {
                 .ok_or_else(|| wrong(format!("the metadata has no `{name}`: not a golden case")))
         };
         let layer = entry("layer")?;
-        if !["lora", "moe_lora", "rotmole", "comol"].contains(&layer.as_str()) {
+        if !LAYERS.contains(&layer.as_str()) {
             return Err(wrong(format!(
-                "the layer `{layer}` is unknown; lora, moe_lora, rotmole and comol can be replayed"
+                "the layer `{layer}` is unknown; {} can be replayed",
+                LAYERS.join(", ")
             )));
         }
         let config: Config = serde_json::from_str(&entry("config")?)
@@ -189,7 +220,7 @@ impl GoldenCase {
         let mut graph = Graph::new();
         graph.set_precision(precision);
         let config = &self.config;
-        let x = graph.input("x", TensorType::f32([config.tokens, config.d_in]))?;
+        let x = graph.input("x", TensorType::f32([config.tokens, config.input_width()]))?;
         let (output, routed) = self.build(&mut graph, x)?;
         let upstream = graph.constant(self.file.tensor("grad.output")?.clone())?;
         let mut seeds = vec![(output, upstream)];
@@ -250,12 +281,30 @@ impl GoldenCase {
 
     fn build(&self, graph: &mut Graph, x: Value) -> Result<(Value, Option<RoutedOutput>)> {
         let config = &self.config;
+        let routing = Routing::new(config.experts, config.top_k);
+        let expert = FeedForward {
+            activation: config.activation,
+            ..FeedForward::new(config.hidden, config.intermediate)
+        };
+        match self.layer.as_str() {
+            "moe" => {
+                let routed = Moe::new(LAYER, expert, routing)?.forward(graph, x)?;
+                return Ok((routed.output, Some(routed)));
+            }
+            "latent_moe" => {
+                let mut layer =
+                    LatentMoe::new(LAYER, expert, config.latent, config.groups, routing)?;
+                layer.factored_down = config.factored_down;
+                let routed = layer.forward(graph, x)?;
+                return Ok((routed.output, Some(routed)));
+            }
+            _ => {}
+        }
         let base = Linear::new(LAYER, config.d_in, config.d_out);
         let options = AdapterOptions::new(config.rank, config.alpha);
-        let router = RouterOptions::new(config.experts, config.top_k);
         let routed = match self.layer.as_str() {
             "lora" => return Ok((Lora::new(base, options)?.forward(graph, x)?, None)),
-            "moe_lora" => MoeLora::new(base, options, router)?.forward(graph, x)?,
+            "moe_lora" => MoeLora::new(base, options, routing)?.forward(graph, x)?,
             "comol" => {
                 let output = self.comol(base, options)?.forward(graph, x)?;
                 return Ok((output.output, output.routed_output()));
@@ -264,7 +313,7 @@ impl GoldenCase {
                 let mut layer = RotMole::with_rotation(
                     base,
                     options,
-                    router,
+                    routing,
                     config.rotation,
                     config.gate_input,
                 )?;

@@ -5,7 +5,7 @@
 //! CPU for machines without a GPU. It shares the wgpu device of an application that has one.
 //!
 //! ```
-//! use rankmix::layers::{AdapterOptions, Linear, RotMole, RouterOptions};
+//! use rankmix::layers::{AdapterOptions, Linear, RotMole, Routing};
 //! use rankmix::train::AdamW;
 //! use rankmix::{Device, Graph, ParameterStore, Tensor, TensorType};
 //!
@@ -14,7 +14,7 @@
 //! let mut graph = Graph::new();
 //! let x = graph.input("x", TensorType::f32([16, 64]))?;
 //! let labels = graph.input("labels", TensorType::i32([16]))?;
-//! let layer = RotMole::new(Linear::new("proj", 64, 32), AdapterOptions::new(8, 16.0), RouterOptions::new(4, 2))?;
+//! let layer = RotMole::new(Linear::new("proj", 64, 32), AdapterOptions::new(8, 16.0), Routing::new(4, 2))?;
 //! let routed = layer.forward(&mut graph, x)?;
 //! let task = graph.cross_entropy(routed.output, labels)?;
 //! let balance = routed.auxiliary_loss(&mut graph, 0.01, 0.001)?;

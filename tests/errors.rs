@@ -3,7 +3,7 @@
 use rankmix::formats::TensorFile;
 use rankmix::golden::GoldenCase;
 use rankmix::graph::Gradients;
-use rankmix::layers::{AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, RouterOptions};
+use rankmix::layers::{AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, Routing};
 use rankmix::ops::Rotation;
 use rankmix::train::{AdamW, GradientAccumulation};
 use rankmix::{Device, DeviceOptions, Error, Graph, Init, ParameterStore, Tensor, TensorType};
@@ -84,7 +84,7 @@ fn values_of_another_graph_are_refused() {
 #[test]
 fn layers_refuse_settings_that_make_no_sense() {
     let options = AdapterOptions::new(3, 6.0);
-    let router = RouterOptions::new(4, 2);
+    let router = Routing::new(4, 2);
     assert_error!(
         RotMole::new(base(), options, router),
         Error::Setting { .. },
@@ -95,18 +95,18 @@ fn layers_refuse_settings_that_make_no_sense() {
         |rotation| RotMole::with_rotation(base(), options, router, rotation, GateInput::Latent);
     assert!(odd(Rotation::Givens).is_ok() && odd(Rotation::Cayley).is_ok());
     assert_error!(
-        MoeLora::new(base(), options, RouterOptions::new(4, 5)),
+        MoeLora::new(base(), options, Routing::new(4, 5)),
         Error::Setting { .. },
         "top_k = 5",
         "4 experts"
     );
     assert_error!(
-        MoeLora::new(base(), options, RouterOptions::new(4, 0)),
+        MoeLora::new(base(), options, Routing::new(4, 0)),
         Error::Setting { .. },
         "top_k = 0"
     );
     assert_error!(
-        MoeLora::new(base(), options, RouterOptions::new(0, 0)),
+        MoeLora::new(base(), options, Routing::new(0, 0)),
         Error::Setting { .. },
         "experts = 0"
     );

@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use model::{Adapter, WIDTH};
-use rankmix::layers::{GateInput, RouterOptions};
+use rankmix::layers::{GateInput, Routing};
 use rankmix::ops::Rotation;
 use rankmix::{Device, DeviceOptions};
 use table::Row;
@@ -78,7 +78,7 @@ fn mixture_elements(rank: usize, experts: usize) -> usize {
 /// The adapters to compare: all with as many trainable parameters as RotMoLE, and MoE-LoRA once more with its rank and experts.
 fn adapters(options: &Options) -> Result<Vec<Adapter>, rankmix::Error> {
     let (rank, experts) = (options.rank, options.experts);
-    let router = RouterOptions::new(experts, options.top_k);
+    let router = Routing::new(experts, options.top_k);
     let gate_input = options.gate_input;
     let gate_width = match gate_input {
         GateInput::Input => WIDTH,

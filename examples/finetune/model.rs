@@ -1,7 +1,7 @@
 //! The language model: embedding of the last bytes, two linear layers that can be adapted, RMS norm, a softmax over bytes.
 
 use rankmix::layers::{
-    AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, RoutedOutput, RouterOptions,
+    AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, RoutedOutput, Routing,
 };
 use rankmix::ops::Rotation;
 use rankmix::{Graph, Init, Result, TensorType, Value};
@@ -25,11 +25,11 @@ pub enum Adapter {
     },
     MoeLora {
         rank: usize,
-        router: RouterOptions,
+        router: Routing,
     },
     RotMole {
         rank: usize,
-        router: RouterOptions,
+        router: Routing,
         rotation: Rotation,
         gate_input: GateInput,
     },

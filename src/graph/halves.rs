@@ -119,7 +119,12 @@ pub(crate) fn lower(
                 Slot::Output(index) if staged[index].is_some() => {
                     binding.slot = staged[index].unwrap_or(binding.slot);
                 }
-                slot if operands.is_half(slot) => halves.push(binding.number),
+                // A binding of another type than floats stands in for one that is not read.
+                slot if operands.is_half(slot)
+                    && element_of(launch.shader, binding.number).is_some() =>
+                {
+                    halves.push(binding.number);
+                }
                 _ => {}
             }
         }

@@ -48,12 +48,12 @@ impl Graph {
     /// again. Segments may hold segments: the inner one's values are then dropped once more while the outer one is recomputed.
     ///
     /// ```
-    /// # use rankmix::layers::{AdapterOptions, Linear, MoeLora, RouterOptions};
+    /// # use rankmix::layers::{AdapterOptions, Linear, MoeLora, Routing};
     /// # use rankmix::{Graph, TensorType};
     /// # fn main() -> rankmix::Result<()> {
     /// # let mut graph = Graph::new();
     /// # let x = graph.input("x", TensorType::f32([8, 16]))?;
-    /// let layer = MoeLora::new(Linear::new("up", 16, 32), AdapterOptions::new(4, 8.0), RouterOptions::new(4, 2))?;
+    /// let layer = MoeLora::new(Linear::new("up", 16, 32), AdapterOptions::new(4, 8.0), Routing::new(4, 2))?;
     /// let hidden = graph.recompute(|graph| {
     ///     let up = layer.forward(graph, x)?;
     ///     graph.silu(up.output)

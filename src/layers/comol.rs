@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Init, Value};
 use crate::layers::linear::kaiming;
-use crate::layers::{AdapterOptions, Linear, RoutedOutput};
-use crate::ops::{CoreMix, MatMul, Routed};
+use crate::layers::{AdapterOptions, Linear, RoutedOutput, RouterOutput, Routing};
+use crate::ops::{CoreMix, MatMul};
 
 /// What CoMoL's router looks at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -26,7 +26,8 @@ pub enum CoreRouting {
 /// merged one of its own. Parameters `NAME.lora_a` `[rank, d_in]`, `NAME.lora_b` `[d_out, rank]`, `NAME.core` `[experts, rank, rank]`,
 /// `NAME.router` `[experts, rank or d_in]`.
 ///
-/// The gates are the softmax over all experts, or with [`CoMol::with_top_k`] over the chosen ones.
+/// The gates are the softmax over all experts, or with [`CoMol::with_top_k`] over the chosen ones; [`CoMol::with_sparse_gate`] takes all the
+/// options that routing has.
 ///
 /// ```
 /// use rankmix::layers::{AdapterOptions, CoMol, Linear};
@@ -54,8 +55,8 @@ pub struct CoMol {
     pub experts: usize,
     /// What the router looks at.
     pub routing: CoreRouting,
-    /// How many experts each token takes, the gates renormalised; `None` is all of them.
-    pub top_k: Option<usize>,
+    /// How each token finds the experts it takes; `None`: it takes all, and the gates are the softmax.
+    pub sparse: Option<Routing>,
     /// In which order the merge is summed.
     pub mix: CoreMix,
     /// The prefix of A's name, if it is not the layer's own.
@@ -73,19 +74,16 @@ pub struct CoMolOutput {
     pub logits: Value,
     /// The weights of the experts, `[tokens, experts]`, or `[tokens, top_k]` for the chosen ones.
     pub gates: Value,
-    /// Which experts each token took; `None` if it took all.
-    pub routed: Option<Routed>,
+    /// Where the router sent the tokens; `None` if each took all experts.
+    pub router: Option<RouterOutput>,
 }
 
 impl CoMolOutput {
     /// The output as that of other routed layers; `None` if every token took every expert.
     #[must_use]
     pub fn routed_output(&self) -> Option<RoutedOutput> {
-        self.routed.map(|routed| RoutedOutput {
-            output: self.output,
-            logits: self.logits,
-            routed,
-        })
+        let output = self.output;
+        self.router.map(|router| RoutedOutput { output, router })
     }
 
     /// `balance_coefficient L_b + z_coefficient L_z`, to be added to the loss. A dense gate has no choices that could be out of
@@ -134,7 +132,7 @@ impl CoMol {
             options,
             experts,
             routing: CoreRouting::default(),
-            top_k: None,
+            sparse: None,
             mix: CoreMix::default(),
             shared_a: None,
             shared_b: None,
@@ -152,15 +150,25 @@ impl CoMol {
     ///
     /// # Errors
     /// [`Error::Setting`] if `top_k` is not between 1 and the number of experts.
-    pub fn with_top_k(mut self, top_k: usize) -> Result<Self> {
-        if top_k == 0 || top_k > self.experts {
+    pub fn with_top_k(self, top_k: usize) -> Result<Self> {
+        let routing = Routing::new(self.experts, top_k);
+        self.with_sparse_gate(routing)
+    }
+
+    /// The same layer, each token taking the experts that `routing` finds for it.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if `routing` has another number of experts, and as [`Routing::check`].
+    pub fn with_sparse_gate(mut self, routing: Routing) -> Result<Self> {
+        routing.check()?;
+        if routing.experts != self.experts {
             return Err(Error::setting(
-                "top_k",
-                top_k,
-                format!("must be between 1 and the {} experts", self.experts),
+                "experts",
+                routing.experts,
+                format!("the layer has {} core matrices", self.experts),
             ));
         }
-        self.top_k = Some(top_k);
+        self.sparse = Some(routing);
         Ok(self)
     }
 
@@ -215,14 +223,23 @@ impl CoMol {
     ///
     /// # Errors
     /// [`Error::Shape`] if `x` is not `[tokens, d_in]`, [`Error::DuplicateName`] if A or B is shared with a layer of other widths
-    /// or another rank, [`Error::Setting`] if `top_k` was changed to one that is out of range.
+    /// or another rank, [`Error::Setting`] if the sparse gate was changed to one that makes no sense.
     pub fn forward(&self, graph: &mut Graph, x: Value) -> Result<CoMolOutput> {
         let Linear {
             name, d_in, d_out, ..
         } = &self.base;
         let (rank, experts) = (self.options.rank, self.experts);
         let base = self.base.forward(graph, x)?;
-        let a = graph.parameter(&self.a_name(), [rank, *d_in], kaiming(*d_in), true)?;
+        let adapted = self.options.adapter_input(graph, x)?;
+        let latent = |graph: &mut Graph| {
+            let a = graph.parameter(&self.a_name(), [rank, *d_in], kaiming(*d_in), true)?;
+            graph.matmul_nt(adapted, a)
+        };
+        // With core routing A x is what the router looks at: see `Routing::route`.
+        let z = match self.routing {
+            CoreRouting::Core => graph.in_f32(latent)?,
+            CoreRouting::Raw => latent(graph)?,
+        };
         let b = graph.parameter(&self.b_name(), [*d_out, rank], Init::Zeros, true)?;
         let core = graph.parameter(
             &format!("{name}.core"),
@@ -230,29 +247,30 @@ impl CoMol {
             kaiming(rank),
             true,
         )?;
-        let width = self.router_width();
-        let router = graph.parameter(
-            &format!("{name}.router"),
-            [experts, width],
-            kaiming(width),
-            true,
-        )?;
-        let adapted = self.options.adapter_input(graph, x)?;
-        let z = graph.matmul_nt(adapted, a)?;
         let routed_by = match self.routing {
             CoreRouting::Core => z,
             CoreRouting::Raw => x,
         };
-        let logits = graph.matmul_nt(routed_by, router)?;
-        let (gates, routed, mixed) = match self.top_k {
-            Some(top_k) => {
-                let routed = graph.route(logits, top_k, true)?;
-                let mixed = graph.mix_routed_cores(z, core, routed, self.mix)?;
-                (routed.gates, Some(routed), mixed)
+        let (logits, gates, router, mixed) = match self.sparse {
+            Some(routing) => {
+                let router = routing.route(graph, name, routed_by, true)?;
+                let mixed = graph.mix_routed_cores(z, core, router.routed, self.mix)?;
+                (router.logits, router.routed.gates, Some(router), mixed)
             }
             None => {
-                let gates = graph.softmax(logits)?;
-                (gates, None, graph.mix_cores(z, core, gates, self.mix)?)
+                let (logits, gates) = graph.in_f32(|graph| {
+                    let width = self.router_width();
+                    let router = graph.parameter(
+                        &format!("{name}.router"),
+                        [experts, width],
+                        kaiming(width),
+                        true,
+                    )?;
+                    let logits = graph.matmul_nt(routed_by, router)?;
+                    Ok::<_, Error>((logits, graph.softmax(logits)?))
+                })?;
+                let mixed = graph.mix_cores(z, core, gates, self.mix)?;
+                (logits, gates, None, mixed)
             }
         };
         let expand = MatMul {
@@ -265,7 +283,7 @@ impl CoMol {
             output,
             logits,
             gates,
-            routed,
+            router,
         })
     }
 

@@ -3,14 +3,22 @@
 
 mod adapter;
 mod comol;
+mod feed_forward;
+mod latent_moe;
 mod linear;
 mod lora;
+mod moe;
 mod moe_lora;
 mod rotmole;
+mod routing;
 
 pub use adapter::{AdapterOptions, AdapterScale};
 pub use comol::{CoMol, CoMolOutput, CoreRouting, DecoderWidths};
+pub use feed_forward::{FeedForward, SharedExpert};
+pub use latent_moe::LatentMoe;
 pub use linear::Linear;
 pub use lora::Lora;
-pub use moe_lora::{MoeLora, RoutedOutput, RouterOptions};
+pub use moe::Moe;
+pub use moe_lora::MoeLora;
 pub use rotmole::{GateInput, RotMole};
+pub use routing::{Capacity, RoutedOutput, RouterOutput, Routing};

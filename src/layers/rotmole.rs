@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Init, Value};
-use crate::layers::{AdapterOptions, Linear, MoeLora, RoutedOutput, RouterOptions};
+use crate::layers::{AdapterOptions, Linear, MoeLora, RoutedOutput, Routing};
 use crate::ops::{Layout, Rotation};
 use crate::tensor::Tensor;
 
@@ -73,8 +73,8 @@ impl RotMole {
     ///
     /// # Errors
     /// [`Error::Setting`] as for [`MoeLora::new`], and if the rank is odd: planes pair coordinates up.
-    pub fn new(base: Linear, options: AdapterOptions, router: RouterOptions) -> Result<Self> {
-        Self::with_rotation(base, options, router, Rotation::Planes, GateInput::Input)
+    pub fn new(base: Linear, options: AdapterOptions, routing: Routing) -> Result<Self> {
+        Self::with_rotation(base, options, routing, Rotation::Planes, GateInput::Input)
     }
 
     /// RotMoLE with another kind of rotation, or with a gate that looks at the latent.
@@ -84,13 +84,13 @@ impl RotMole {
     pub fn with_rotation(
         base: Linear,
         options: AdapterOptions,
-        router: RouterOptions,
+        routing: Routing,
         rotation: Rotation,
         gate_input: GateInput,
     ) -> Result<Self> {
         rotation.numbers(options.rank)?;
         Ok(Self {
-            mixture: MoeLora::new(base, options, router)?,
+            mixture: MoeLora::new(base, options, routing)?,
             rotation,
             gate_input,
             bounded: false,
@@ -146,7 +146,7 @@ impl RotMole {
     /// The experts' rotations as matrices `[experts, rank, rank]`, row i of which is `R e_i`: rank rows are rotated an expert, and not one
     /// a token.
     fn matrices(&self, graph: &mut Graph, generator: Value) -> Result<Value> {
-        let (experts, rank) = (self.mixture.router.experts, self.mixture.options.rank);
+        let (experts, rank) = (self.mixture.routing.experts, self.mixture.options.rank);
         let numbers = self.rotation.numbers(rank)?;
         let generator = self.bound(graph, generator)?;
         // One row of the generator for each unit vector.
@@ -170,7 +170,7 @@ impl RotMole {
 
     /// The gate's parameter: what its name ends in, and its shape.
     fn gate(&self) -> Result<(&'static str, Vec<usize>)> {
-        let (experts, rank) = (self.mixture.router.experts, self.mixture.options.rank);
+        let (experts, rank) = (self.mixture.routing.experts, self.mixture.options.rank);
         let numbers = self.rotation.numbers(rank)?;
         Ok(match self.gate_input {
             GateInput::Input => (

@@ -1,6 +1,7 @@
 //! The load-balancing loss of a router.
 
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
@@ -13,10 +14,22 @@ use crate::ops::{
 };
 use crate::tensor::{DType, TensorType};
 
+/// The two forms of the load-balancing loss in use: one is `top_k` times the other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BalanceForm {
+    /// Switch's and Megatron's: f is the fraction of all choices, so that the loss is 1 at perfect balance.
+    #[default]
+    Switch,
+    /// Hugging Face's `load_balancing_loss_func`: f is the mean number of a token's choices that fall on the expert, so that the loss is
+    /// `top_k` at perfect balance. Coefficients in model configurations of that library are for this form.
+    HuggingFace,
+}
+
 /// What [`Graph::balance_loss`] computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BalanceLoss {
-    /// The loss, a scalar: 1 at perfect balance, at most the number of experts.
+    /// The loss, a scalar: in Switch's form 1 at perfect balance, at most the number of experts.
     pub loss: Value,
     /// The fraction of all choices that fell on each expert, `[experts]`; it sums to 1. No gradient flows through it.
     pub load: Value,
@@ -24,11 +37,23 @@ pub struct BalanceLoss {
 
 /// Results: the loss and the load.
 #[derive(Clone, Copy, Debug)]
-struct Balance;
+struct Balance(BalanceForm);
 
-/// Operands logits, load, dloss.
+/// Operands logits, load, dloss. The loss is so many times Switch's.
 #[derive(Clone, Copy, Debug)]
-struct BalanceBackward;
+struct BalanceBackward {
+    factor: usize,
+}
+
+impl BalanceForm {
+    /// How many times Switch's loss it is, for tokens of `top_k` choices.
+    fn factor(self, top_k: usize) -> usize {
+        match self {
+            Self::Switch => 1,
+            Self::HuggingFace => top_k,
+        }
+    }
+}
 
 impl Graph {
     /// `E sum_e f_e P_e` with `f_e` the fraction of the choices that fell on expert e and `P_e` the mean over the tokens of
@@ -42,7 +67,20 @@ impl Graph {
     /// # Errors
     /// [`Error::Shape`] if the operands have other shapes or types.
     pub fn balance_loss(&mut self, logits: Value, experts: Value) -> Result<BalanceLoss> {
-        let outputs = self.apply(Balance, &[logits, experts])?;
+        self.balance_loss_with(logits, experts, BalanceForm::Switch)
+    }
+
+    /// [`Graph::balance_loss`] in either form.
+    ///
+    /// # Errors
+    /// As [`Graph::balance_loss`].
+    pub fn balance_loss_with(
+        &mut self,
+        logits: Value,
+        experts: Value,
+        form: BalanceForm,
+    ) -> Result<BalanceLoss> {
+        let outputs = self.apply(Balance(form), &[logits, experts])?;
         Ok(BalanceLoss {
             loss: outputs[0],
             load: outputs[1],
@@ -51,12 +89,17 @@ impl Graph {
 }
 
 /// A launch with the bindings still to be named; all entry points share one set of parameters.
-fn launch(entry: &'static str, [tokens, experts]: [usize; 2], choices: usize) -> Launch {
+fn launch(
+    entry: &'static str,
+    [tokens, experts]: [usize; 2],
+    choices: usize,
+    factor: usize,
+) -> Launch {
     Launch::new(shader!("balance_loss", "reduce", "soft_max"), entry)
         .param(tokens)
         .param(experts)
         .param(choices)
-        .param((experts as f64 / tokens as f64) as f32)
+        .param(((experts * factor) as f64 / tokens as f64) as f32)
 }
 
 /// sum_e f_e p_e of one token, with the maximum of its logits and the sum of their exponentials.
@@ -93,7 +136,8 @@ impl Balance {
             .par_chunks_exact(experts)
             .map(|logits| mix(logits, load).0)
             .collect();
-        loss[0] = R::of(experts as f64 / mixed.len() as f64) * mixed.into_iter().sum();
+        let factor = self.0.factor(io.input_type(1)?.shape.last());
+        loss[0] = R::of((experts * factor) as f64 / mixed.len() as f64) * mixed.into_iter().sum();
         Ok(())
     }
 }
@@ -129,9 +173,11 @@ impl Op for Balance {
             return Ok(());
         };
         let (logits, load) = (context.input(0), context.output(1));
+        let top_k = context.graph.ty(context.input(1))?.shape.last();
+        let factor = self.0.factor(top_k);
         let dlogits = context
             .graph
-            .apply1(BalanceBackward, &[logits, load, dloss])?;
+            .apply1(BalanceBackward { factor }, &[logits, load, dloss])?;
         context.add(0, dlogits)
     }
 
@@ -146,7 +192,8 @@ impl Op for Balance {
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let [tokens, experts] = dims_f32(self.name(), "the logits", &io.inputs[0])?;
         let choices = io.inputs[1].elements();
-        let launch = |entry| launch(entry, [tokens, experts], choices);
+        let factor = self.0.factor(io.inputs[1].shape.last());
+        let launch = |entry| launch(entry, [tokens, experts], choices, factor);
         let mut launches = Launches::default();
         let mixed = launches.scratch_words(tokens);
         launches.launches.push(
@@ -182,7 +229,7 @@ impl BalanceBackward {
         let (logits, load, dloss) = (io.floats(0)?, io.floats(1)?, io.floats(2)?[0]);
         let experts = load.len();
         let tokens = logits.len() / experts;
-        let scale = dloss * R::of(experts as f64 / tokens as f64);
+        let scale = dloss * R::of((experts * self.factor) as f64 / tokens as f64);
         let dlogits = io.floats_out(0)?;
         dlogits
             .par_chunks_exact_mut(experts)
@@ -213,7 +260,7 @@ impl Op for BalanceBackward {
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let [tokens, experts] = dims_f32(self.name(), "the logits", &io.inputs[0])?;
         // The choices matter to the load alone.
-        let launch = launch("backward", [tokens, experts], 0)
+        let launch = launch("backward", [tokens, experts], 0, self.factor)
             .constant("WORKGROUP", row_workgroup(experts))
             .read(1, Slot::Input(0))
             .read(4, Slot::Input(1))

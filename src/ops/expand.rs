@@ -1,16 +1,20 @@
-//! Grouped expand: `y[t] = base[t] + s sum_j g[t, j] W[e(t, j)] z[t k + j]`, added into the base's memory. The [pairs, out] results of
-//! single experts are never stored.
+//! Grouped expand: `y[t] = base[t] + s sum_j g[t, j] W[e(t, j)] z[t k + j]`, added into the base's memory.
+//!
+//! There are two forms. For narrow latents (a rank) one kernel sums over a token's slots, and the [pairs, out] results of single
+//! experts are never stored. It reads an expert's matrix once for every token, so for wide ones (the intermediate width of a
+//! feed-forward expert) the products are made by segments into scratch memory, and summed by a second kernel.
 
 use rayon::prelude::*;
 
 use crate::device::{Capabilities, Launch, Launches, Slot};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::combine::CombineSizes;
 use crate::ops::gate_gradient::GateGradient;
 use crate::ops::segment_outer::SegmentOuter;
-use crate::ops::segments::{expect_segments, gather, host_segments, products, weight_sizes};
-use crate::ops::shrink::Shrink;
+use crate::ops::segments::{RowOf, expect_segments, gather, host_segments, products, weight_sizes};
+use crate::ops::shrink::{self, Shrink};
 use crate::ops::{
     Alias, AliasKind, HostIo, LaunchTypes, Layout, Op, Real, Segments, dims_f32, expect_count,
     expect_f32, expect_i32, shader,
@@ -20,19 +24,27 @@ use crate::tensor::TensorType;
 /// Outputs that one invocation computes, as in `shaders/expand.wgsl`.
 const TILE: usize = 4;
 const WORKGROUP: usize = 64;
+/// Latents up to this width are expanded in one kernel.
+const NARROW: usize = 64;
+/// With fewer tokens there is little to be read again.
+const FEW_TOKENS: usize = 16;
 
-/// Inputs: z `[pairs, in]`, weight, experts `[tokens, slots]`, order, offsets, the gates if `gated`, the base if `accumulate`.
+/// Inputs: z `[pairs, in]`, weight, experts `[tokens, slots]`, order, offsets, the gates if `gated`, the row of each pair if there are
+/// `rows_per_token`, the base if `accumulate`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Expand {
     pub(crate) layout: Layout,
     pub(crate) scale: f32,
     pub(crate) gated: bool,
     pub(crate) accumulate: bool,
+    pub(crate) none: bool,
+    /// How many rows of the result a token has, where each pair says into which it is summed; else one, for all its pairs.
+    pub(crate) rows_per_token: Option<usize>,
 }
 
 impl Graph {
     /// `y[t] = base[t] + scale * sum over the slots j of gates[t, j] W[e(t, j)] z[t k + j]`: `z` is `[pairs, in]`, `gates` `[tokens, slots]`,
-    /// the result `[tokens, out]`. It takes over the memory of `base` where `base` is not used again.
+    /// the result `[tokens, out]`. Nothing is added for pairs of no expert. It takes over the memory of `base` where `base` is not used again.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if the shapes do not fit.
@@ -49,15 +61,49 @@ impl Graph {
             experts,
             order,
             offsets,
+            none,
         } = routed.segments;
         let op = Expand {
             layout,
             scale,
             gated: true,
             accumulate: base.is_some(),
+            none,
+            rows_per_token: None,
         };
         let inputs = [z, weight, experts, order, offsets, routed.gates];
         self.apply1(op, &inputs.into_iter().chain(base).collect::<Vec<_>>())
+    }
+}
+
+impl Graph {
+    /// [`Graph::expand`] with gates that are 1: `y[t] = sum over the slots j of W[e(t, j)] z[t slots + j]`, the experts of the segments being
+    /// `[tokens, slots]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if the shapes do not fit.
+    pub fn expand_ungated(
+        &mut self,
+        z: Value,
+        weight: Value,
+        layout: Layout,
+        segments: Segments,
+    ) -> Result<Value> {
+        let op = Expand {
+            layout,
+            scale: 1.0,
+            gated: false,
+            accumulate: false,
+            none: segments.none,
+            rows_per_token: None,
+        };
+        let Segments {
+            experts,
+            order,
+            offsets,
+            ..
+        } = segments;
+        self.apply1(op, &[z, weight, experts, order, offsets])
     }
 }
 
@@ -70,17 +116,23 @@ struct Sizes {
 }
 
 impl Expand {
+    /// The number of the input that says into which row each pair is summed.
+    fn map(&self) -> Option<usize> {
+        self.rows_per_token.map(|_| 5 + usize::from(self.gated))
+    }
+
     fn base(&self) -> Option<usize> {
-        self.accumulate.then_some(5 + usize::from(self.gated))
+        self.accumulate
+            .then_some(5 + usize::from(self.gated) + usize::from(self.rows_per_token.is_some()))
     }
 
     fn sizes(&self, inputs: &[TensorType]) -> Result<Sizes> {
         let name = self.name();
         let (experts, out, input) = weight_sizes(name, &inputs[1], self.layout)?;
-        let pairs = expect_segments(name, &inputs[3], &inputs[4], experts)?;
+        let pairs = expect_segments(name, &inputs[3], &inputs[4], experts, self.none)?;
         expect_f32(name, "the latents", &inputs[0], &[pairs, input])?;
         let &[tokens, slots] = inputs[2].dims() else {
-            return Err(crate::Error::shape(
+            return Err(Error::shape(
                 name,
                 format!("the experts are {}, expected [tokens, slots]", inputs[2]),
             ));
@@ -88,6 +140,9 @@ impl Expand {
         expect_i32(name, "the experts", &inputs[2], &[tokens, pairs / tokens])?;
         if self.gated {
             expect_f32(name, "the gates", &inputs[5], &[tokens, slots])?;
+        }
+        if let Some(map) = self.map() {
+            expect_i32(name, "the rows", &inputs[map], &[tokens, slots])?;
         }
         Ok(Sizes {
             tokens,
@@ -99,11 +154,15 @@ impl Expand {
     }
 
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        let types: Vec<TensorType> = (0..5 + usize::from(self.gated))
+        let types: Vec<TensorType> = (0..self.base().unwrap_or_else(|| self.count()))
             .map(|i| io.input_type(i).cloned())
             .collect::<Result<_>>()?;
         let Sizes {
-            slots, out, input, ..
+            slots,
+            experts,
+            out,
+            input,
+            ..
         } = self.sizes(&types)?;
         let (z, weight, order, offsets) = (io.floats(0)?, io.floats(1)?, io.ints(3)?, io.ints(4)?);
         let gates = if self.gated {
@@ -111,14 +170,21 @@ impl Expand {
         } else {
             None
         };
+        let map = self.map().map(|map| io.ints(map)).transpose()?;
         let scale = R::of(f64::from(self.scale));
         let segments = host_segments(order, offsets);
         let rows = |pairs: &[i32]| {
-            gather(z, input, pairs, 1, |pair| {
+            gather(z, input, pairs, RowOf::Share(1), |pair| {
                 gates.map_or(scale, |gates| scale * gates[pair])
             })
         };
-        let parts = products(&segments, weight, (out, input), self.layout, rows);
+        let parts = products(
+            &segments[..experts],
+            weight,
+            (out, input),
+            self.layout,
+            rows,
+        );
         let mut row_of_pair: Vec<&[R]> = vec![&[]; order.len()];
         for (pairs, part) in segments.iter().zip(&parts) {
             for (&pair, row) in pairs.iter().zip(part.chunks(out)) {
@@ -129,15 +195,19 @@ impl Expand {
         if !self.accumulate {
             y.fill(R::zero());
         }
-        y.par_chunks_mut(out)
-            .zip(row_of_pair.par_chunks(slots))
-            .for_each(|(y, rows)| {
-                for row in rows {
-                    for (y, &x) in y.iter_mut().zip(*row) {
-                        *y += x;
-                    }
+        let per_token = self.rows_per_token.unwrap_or(1);
+        y.par_chunks_mut(out).enumerate().for_each(|(row, y)| {
+            let token = row / per_token;
+            for pair in token * slots..(token + 1) * slots {
+                if map.is_some_and(|rows| rows[pair] as usize != row) {
+                    continue;
                 }
-            });
+                // Empty for a pair of no expert.
+                for (y, &x) in y.iter_mut().zip(row_of_pair[pair]) {
+                    *y += x;
+                }
+            }
+        });
         Ok(())
     }
 }
@@ -148,22 +218,23 @@ impl Op for Expand {
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
-        expect_count(
-            self.name(),
-            inputs,
-            5 + usize::from(self.gated) + usize::from(self.accumulate),
-        )?;
+        expect_count(self.name(), inputs, self.count())?;
         let Sizes { tokens, out, .. } = self.sizes(inputs)?;
+        let rows = tokens * self.rows_per_token.unwrap_or(1);
         if let Some(base) = self.base() {
-            expect_f32(self.name(), "the base", &inputs[base], &[tokens, out])?;
+            expect_f32(self.name(), "the base", &inputs[base], &[rows, out])?;
         }
-        Ok(vec![TensorType::f32([tokens, out])])
+        Ok(vec![TensorType::f32([rows, out])])
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
         let Some(dy) = context.gradient(0) else {
             return Ok(());
         };
+        if self.rows_per_token.is_some() {
+            // Only ever the gradient of something itself.
+            return Err(Error::NoGradient { op: self.name() });
+        }
         let [z, weight, experts, order, offsets] =
             [0, 1, 2, 3, 4].map(|input| context.input(input));
         let gates = self.gated.then(|| context.input(5));
@@ -171,6 +242,7 @@ impl Op for Expand {
             // v = W^T dy for every pair: the gate needs only its product with z, never the expert's [tokens, out] output.
             let shrink = Shrink {
                 layout: self.layout.flipped(),
+                none: self.none,
             };
             let v = context
                 .graph
@@ -203,6 +275,8 @@ impl Op for Expand {
             let op = SegmentOuter {
                 scale: self.scale,
                 gated: self.gated,
+                none: self.none,
+                right_mapped: false,
             };
             let inputs = [left, right, order, offsets];
             let gradient = context
@@ -230,15 +304,41 @@ impl Op for Expand {
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let Sizes {
+        let sizes = self.sizes(io.inputs)?;
+        let scratch_bytes = (sizes.tokens * sizes.slots * sizes.out) as u64 * 4;
+        if sizes.input > NARROW
+            && sizes.tokens >= FEW_TOKENS
+            && scratch_bytes <= capabilities.max_binding_bytes
+        {
+            self.wide(&sizes, capabilities)
+        } else {
+            Ok(self.narrow(&sizes, capabilities)?.into())
+        }
+    }
+
+    host_reference!();
+}
+
+impl Expand {
+    fn count(&self) -> usize {
+        5 + usize::from(self.gated)
+            + usize::from(self.rows_per_token.is_some())
+            + usize::from(self.accumulate)
+    }
+
+    /// One kernel: every row of the result is the sum over its token's slots.
+    fn narrow(&self, sizes: &Sizes, capabilities: &Capabilities) -> Result<Launch> {
+        let &Sizes {
             tokens,
             slots,
             experts,
             out,
             input,
-        } = self.sizes(io.inputs)?;
+        } = sizes;
+        let per_token = self.rows_per_token.unwrap_or(1);
+        let rows = tokens * per_token;
         let lanes_out = out.div_ceil(TILE).next_power_of_two().min(WORKGROUP);
-        let lanes_tokens = (WORKGROUP / lanes_out).min(tokens.next_power_of_two());
+        let lanes_rows = (WORKGROUP / lanes_out).min(rows.next_power_of_two());
         let out_groups = out.div_ceil(lanes_out * TILE);
         let weight_row = if self.layout == Layout::OutIn {
             input
@@ -246,34 +346,76 @@ impl Op for Expand {
             out
         };
         let aligned = input % 4 == 0 && weight_row % 4 == 0;
-        // Without gates the binding is not read: any buffer will do.
-        let gates = if self.gated {
-            Slot::Input(5)
-        } else {
-            Slot::Input(0)
-        };
-        let launch = Launch::new(shader!("expand"), "forward")
+        // Without gates or a map their bindings are not read: any buffer will do.
+        let gates = Slot::Input(if self.gated { 5 } else { 0 });
+        let map = Slot::Input(self.map().unwrap_or(2));
+        Launch::new(shader!("expand"), "forward")
             .constant("LANES_OUT", lanes_out as f64)
-            .constant("LANES_TOKENS", lanes_tokens as f64)
+            .constant("LANES_ROWS", lanes_rows as f64)
             .constant("OUT_IN", self.layout == Layout::OutIn)
             .constant("ALIGNED", aligned)
             .constant("GATED", self.gated)
+            .constant("MAPPED", self.rows_per_token.is_some())
             .constant("ACCUMULATE", self.accumulate)
             .read(1, Slot::Input(0))
             .read(2, Slot::Input(1))
             .read(3, Slot::Input(2))
             .read(4, gates)
             .write(5, Slot::Output(0))
-            .param(tokens)
+            .read(6, map)
+            .param(rows)
+            .param(per_token)
             .param(slots)
             .param(experts)
             .param(out)
             .param(input)
             .param(self.scale)
             .param(out_groups)
-            .folded(tokens.div_ceil(lanes_tokens) * out_groups, capabilities)?;
-        Ok(launch.into())
+            .folded(rows.div_ceil(lanes_rows) * out_groups, capabilities)
     }
 
-    host_reference!();
+    /// Two kernels: products by segments into scratch memory, then the sum.
+    fn wide(&self, sizes: &Sizes, capabilities: &Capabilities) -> Result<Launches> {
+        let &Sizes {
+            tokens,
+            slots,
+            experts,
+            out,
+            input,
+        } = sizes;
+        let mut launches = Launches::default();
+        let products = launches.scratch_words(tokens * slots * out);
+        let shrink = Shrink {
+            layout: self.layout,
+            none: self.none,
+        };
+        let product = shrink::Sizes {
+            pairs: tokens * slots,
+            share: 1,
+            experts,
+            out,
+            input,
+        };
+        let (order, offsets) = (Slot::Input(3), Slot::Input(4));
+        let operands = [Slot::Input(0), Slot::Input(1), order, offsets];
+        launches
+            .launches
+            .push(shrink.launch(&product, operands, products, capabilities)?);
+        let sum = CombineSizes {
+            tokens,
+            rows_per_token: self.rows_per_token.unwrap_or(1),
+            slots,
+            width: out,
+        };
+        launches.launches.push(sum.launch(
+            products,
+            self.gated.then_some(Slot::Input(5)),
+            self.map().map(Slot::Input),
+            order,
+            Slot::Output(0),
+            (self.scale, self.accumulate),
+            capabilities,
+        )?);
+        Ok(launches)
+    }
 }

@@ -51,6 +51,8 @@ impl CoreMix {
 struct MixCores {
     mix: CoreMix,
     routed: bool,
+    /// Whether there is a segment of pairs that belong to no expert.
+    none: bool,
 }
 
 /// Inputs: z, core, gates, du; if `routed` the experts. Outputs: dz, the gradient of the gates.
@@ -72,8 +74,12 @@ impl Graph {
         gates: Value,
         mix: CoreMix,
     ) -> Result<Value> {
-        let routed = false;
-        self.apply1(MixCores { mix, routed }, &[z, core, gates])
+        let op = MixCores {
+            mix,
+            routed: false,
+            none: false,
+        };
+        self.apply1(op, &[z, core, gates])
     }
 
     /// [`Graph::mix_cores`] over the experts that each token was routed to.
@@ -91,9 +97,15 @@ impl Graph {
             experts,
             order,
             offsets,
+            none,
         } = routed.segments;
         let inputs = [z, core, routed.gates, experts, order, offsets];
-        self.apply1(MixCores { mix, routed: true }, &inputs)
+        let op = MixCores {
+            mix,
+            routed: true,
+            none,
+        };
+        self.apply1(op, &inputs)
     }
 }
 
@@ -225,7 +237,7 @@ impl Op for MixCores {
             ..
         } = sizes(self.name(), inputs, inputs.get(3))?;
         if self.routed {
-            expect_segments(self.name(), &inputs[4], &inputs[5], experts)?;
+            expect_segments(self.name(), &inputs[4], &inputs[5], experts, self.none)?;
         }
         Ok(vec![TensorType::f32([tokens, rank])])
     }
@@ -251,6 +263,8 @@ impl Op for MixCores {
                 let op = SegmentOuter {
                     scale: 1.0,
                     gated: true,
+                    none: self.none,
+                    right_mapped: false,
                 };
                 let (order, offsets) = (context.input(4), context.input(5));
                 context.graph.apply1(op, &[z, du, order, offsets, gates])?

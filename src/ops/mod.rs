@@ -2,16 +2,21 @@
 //! one file of the same name in `shaders/`.
 
 mod accumulate;
+mod activation;
+mod active_groups;
 mod adamw;
 mod assign;
 mod balance_loss;
 mod binary;
+mod capacity;
 mod clear;
+mod combine;
 mod core_gradient;
 mod cross_entropy;
 mod embedding;
 mod expand;
 mod gate_gradient;
+mod gated_experts;
 mod gradient_norm;
 mod host;
 mod host_gemm;
@@ -28,8 +33,10 @@ mod rotate_planes;
 mod rotate_stages;
 mod rotation;
 mod route;
+mod router_metrics;
 mod segment_outer;
 mod segments;
+mod selection_bias;
 mod shrink;
 mod silu;
 mod softmax;
@@ -41,9 +48,14 @@ mod z_loss;
 
 use std::fmt;
 
+pub use activation::Activation;
+pub use active_groups::ActiveGroups;
+pub(crate) use active_groups::check_groups;
 pub use adamw::AdamWConstants;
-pub use balance_loss::BalanceLoss;
+pub use balance_loss::{BalanceForm, BalanceLoss};
+pub use capacity::DropPolicy;
 pub use cross_entropy::IGNORED_LABEL;
+pub use gated_experts::Projection;
 pub(crate) use host::HostBuffer;
 pub use host::{HostIo, Real};
 pub use loss_scale::LossScaling;
@@ -52,7 +64,8 @@ pub use matmul::MatMul;
 pub use mix_cores::CoreMix;
 pub(crate) use noise::check_dropout;
 pub use rotation::Rotation;
-pub use route::Routed;
+pub use route::{Route, Routed, Score};
+pub use router_metrics::RouterMetrics;
 pub use segments::{Layout, Segments};
 pub use sort::Sorted;
 pub use threefry::threefry;

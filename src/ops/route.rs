@@ -1,11 +1,13 @@
-//! Top-k softmax routing (section 1 of the mathematics): which experts a token goes to, and with which weights.
+//! Top-k routing (section 1 of the mathematics): which experts a token goes to, and with which weights.
 
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::silu::sigmoids;
 use crate::ops::{
     HostIo, LaunchTypes, Op, Real, Segments, dims_f32, expect_count, expect_f32, expect_i32, shader,
 };
@@ -23,23 +25,60 @@ pub struct Routed {
 }
 
 impl Routed {
-    /// The experts chosen, `i32 [tokens, top_k]`, largest logit first; of equal logits the lower expert first.
+    /// The experts chosen, `i32 [tokens, top_k]`, first choice first; of equal choices the lower expert first.
     #[must_use]
     pub fn experts(&self) -> Value {
         self.segments.experts()
     }
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Route {
-    top_k: usize,
-    renormalize: bool,
+/// What a router makes of its logits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Score {
+    /// The softmax over the experts.
+    #[default]
+    Softmax,
+    /// The sigmoid of each logit (DeepSeek-V3, arXiv 2412.19437, equation 15).
+    Sigmoid,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct RouteBackward {
-    renormalize: bool,
+/// How [`Graph::route_with`] makes experts and gates of logits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Route {
+    /// How many experts each token takes.
+    pub top_k: usize,
+    /// The gates are the scores divided by their sum over the chosen; if not, the scores as they are.
+    pub renormalize: bool,
+    /// What becomes of the logits.
+    pub score: Score,
+    /// Multiplies the gates.
+    pub scale: f32,
 }
+
+impl Route {
+    /// Softmax over the chosen `top_k`.
+    #[must_use]
+    pub fn new(top_k: usize) -> Self {
+        Self {
+            top_k,
+            renormalize: true,
+            score: Score::Softmax,
+            scale: 1.0,
+        }
+    }
+}
+
+/// Operands logits, the selection bias if `biased`. Results experts, gates, norms `[tokens, 2]`: the exponent taken off and the sum.
+#[derive(Clone, Copy, Debug)]
+struct RouteForward {
+    route: Route,
+    biased: bool,
+}
+
+/// Operands logits, experts, gates, norms, d_gates.
+#[derive(Clone, Copy, Debug)]
+struct RouteBackward(Route);
 
 impl Graph {
     /// Chooses the `top_k` experts with the largest of `logits` (`[tokens, experts]`) for each token. The gates are the softmax
@@ -48,8 +87,31 @@ impl Graph {
     /// # Errors
     /// [`Error::Setting`] if `top_k` is 0 or more than there are experts, [`Error::Shape`] if the logits are not a matrix.
     pub fn route(&mut self, logits: Value, top_k: usize, renormalize: bool) -> Result<Routed> {
+        let route = Route {
+            renormalize,
+            ..Route::new(top_k)
+        };
+        self.route_with(logits, None, route)
+    }
+
+    /// [`Graph::route`] with all its settings. With a `selection_bias` (`[experts]`) experts are chosen by score plus bias (softmax: by
+    /// logit plus bias), while the gates do not see it and no gradient flows to it (DeepSeek-V3, arXiv 2412.19437, equation 16).
+    ///
+    /// # Errors
+    /// As [`Graph::route`]; [`Error::Setting`] if the scale is not a positive number, [`Error::Shape`] if the bias is not `[experts]`.
+    pub fn route_with(
+        &mut self,
+        logits: Value,
+        selection_bias: Option<Value>,
+        route: Route,
+    ) -> Result<Routed> {
         let [_, experts] = dims_f32("route", "the logits", self.ty(logits)?)?;
-        let outputs = self.apply(Route { top_k, renormalize }, &[logits])?;
+        let op = RouteForward {
+            route,
+            biased: selection_bias.is_some(),
+        };
+        let inputs: Vec<Value> = [logits].into_iter().chain(selection_bias).collect();
+        let outputs = self.apply(op, &inputs)?;
         let segments = self.segments(outputs[0], experts)?;
         Ok(Routed {
             gates: outputs[1],
@@ -59,47 +121,109 @@ impl Graph {
 }
 
 /// Larger key, earlier choice: the order of floats as integers, -0 equal to 0, NaN below everything.
-fn key<R: Real>(logit: R) -> f64 {
-    if logit.is_nan() {
+fn key<R: Real>(score: R) -> f64 {
+    if score.is_nan() {
         f64::NEG_INFINITY
     } else {
-        logit.f64().max(f64::MIN)
+        score.f64().max(f64::MIN)
     }
 }
 
 impl Route {
+    /// The weight of a logit is `exp(exponent) / divisor`.
+    fn exponent<R: Real>(&self, logit: R) -> R {
+        match self.score {
+            Score::Softmax => logit,
+            Score::Sigmoid => logit.min(R::zero()),
+        }
+    }
+
+    fn divisor<R: Real>(&self, logit: R) -> R {
+        match self.score {
+            Score::Softmax => R::one(),
+            Score::Sigmoid => R::one() + (-logit.abs()).exp(),
+        }
+    }
+
+    fn launch(&self, entry: &'static str, [tokens, experts]: [usize; 2], biased: bool) -> Launch {
+        Launch::new(shader!("route"), entry)
+            .constant("RENORMALIZE", self.renormalize)
+            .constant("SIGMOID", self.score == Score::Sigmoid)
+            .constant("BIASED", biased)
+            .param(tokens)
+            .param(experts)
+            .param(self.top_k)
+            .param(self.scale)
+            .param(1.0 / self.scale)
+    }
+}
+
+impl RouteForward {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
+        let Route {
+            top_k,
+            renormalize,
+            score,
+            scale,
+        } = self.route;
         let experts = io.input_type(0)?.shape.last();
         let logits = io.floats(0)?;
-        let (chosen, gates) = (io.ints_out(0)?, io.floats_out(1)?);
+        let bias = if self.biased {
+            Some(io.floats(1)?)
+        } else {
+            None
+        };
+        let (chosen, gates, norms) = (io.ints_out(0)?, io.floats_out(1)?, io.floats_out(2)?);
+        let selection_key = |expert: usize, logit: R| {
+            key(match (bias, score) {
+                (None, _) => logit,
+                (Some(bias), Score::Softmax) => logit + bias[expert],
+                (Some(bias), Score::Sigmoid) => sigmoids(logit).0 + bias[expert],
+            })
+        };
         let tokens = logits
             .par_chunks(experts)
-            .zip(chosen.par_chunks_mut(self.top_k))
-            .zip(gates.par_chunks_mut(self.top_k));
-        tokens.for_each(|((logits, chosen), gates)| {
+            .zip(chosen.par_chunks_mut(top_k))
+            .zip(gates.par_chunks_mut(top_k))
+            .zip(norms.par_chunks_mut(2));
+        tokens.for_each(|(((logits, chosen), gates), norms)| {
             let mut order: Vec<usize> = (0..experts).collect();
-            // Stable: equal logits stay in the order of the experts.
-            order.sort_by(|&a, &b| key(logits[b]).total_cmp(&key(logits[a])));
-            let largest = logits[order[0]];
-            let counted = if self.renormalize {
-                &order[..self.top_k]
+            // Stable: equal ones stay in the order of the experts.
+            order.sort_by(|&a, &b| {
+                selection_key(b, logits[b]).total_cmp(&selection_key(a, logits[a]))
+            });
+            let counted = if renormalize {
+                &order[..top_k]
             } else {
                 &order[..]
             };
-            let sum: R = counted
-                .iter()
-                .map(|&expert| (logits[expert] - largest).exp())
-                .sum();
+            let plain = !renormalize && score == Score::Sigmoid;
+            let largest = if plain {
+                R::zero()
+            } else {
+                let exponents = counted.iter().map(|&i| self.route.exponent(logits[i]));
+                exponents.fold(R::neg_infinity(), R::max)
+            };
+            let weight = |expert: usize| {
+                let logit = logits[expert];
+                (self.route.exponent(logit) - largest).exp() / self.route.divisor(logit)
+            };
+            let sum: R = if plain {
+                R::one()
+            } else {
+                counted.iter().map(|&expert| weight(expert)).sum()
+            };
             for ((chosen, gate), &expert) in chosen.iter_mut().zip(gates).zip(&order) {
                 *chosen = expert as i32;
-                *gate = (logits[expert] - largest).exp() / sum;
+                *gate = R::of(f64::from(scale)) * (weight(expert) / sum);
             }
+            norms.copy_from_slice(&[largest, sum]);
         });
         Ok(())
     }
 }
 
-impl Op for Route {
+impl Op for RouteForward {
     fn name(&self) -> &'static str {
         "route"
     }
@@ -109,19 +233,35 @@ impl Op for Route {
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
-        expect_count(self.name(), inputs, 1)?;
+        expect_count(self.name(), inputs, 1 + usize::from(self.biased))?;
         let [tokens, experts] = dims_f32(self.name(), "the logits", &inputs[0])?;
-        if self.top_k == 0 || self.top_k > experts {
+        let Route { top_k, scale, .. } = self.route;
+        if top_k == 0 || top_k > experts {
             return Err(Error::setting(
                 "top_k",
-                self.top_k,
+                top_k,
                 format!("there are {experts} experts, at least 1 is chosen"),
             ));
         }
+        if !(scale.is_normal() && scale > 0.0 && (1.0 / scale).is_normal()) {
+            return Err(Error::setting(
+                "scale",
+                scale,
+                "the gates are multiplied by a positive number",
+            ));
+        }
+        if self.biased {
+            expect_f32(self.name(), "the selection bias", &inputs[1], &[experts])?;
+        }
         Ok(vec![
-            TensorType::i32([tokens, self.top_k]),
-            TensorType::f32([tokens, self.top_k]),
+            TensorType::i32([tokens, top_k]),
+            TensorType::f32([tokens, top_k]),
+            TensorType::f32([tokens, 2]),
         ])
+    }
+
+    fn differentiable(&self, input: usize) -> bool {
+        input == 0
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
@@ -132,27 +272,25 @@ impl Op for Route {
             context.input(0),
             context.output(0),
             context.output(1),
+            context.output(2),
             d_gates,
         ];
-        let d_logits = context.graph.apply1(
-            RouteBackward {
-                renormalize: self.renormalize,
-            },
-            &inputs,
-        )?;
+        let d_logits = context.graph.apply1(RouteBackward(self.route), &inputs)?;
         context.add(0, d_logits)
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let [tokens, experts] = dims_f32(self.name(), "the logits", &io.inputs[0])?;
-        let launch = Launch::new(shader!("route"), "forward")
-            .constant("RENORMALIZE", self.renormalize)
+        // Without a bias the binding is not read: any buffer will do.
+        let bias = Slot::Input(usize::from(self.biased));
+        let launch = self
+            .route
+            .launch("forward", [tokens, experts], self.biased)
             .read(1, Slot::Input(0))
             .write(2, Slot::Output(0))
             .write(3, Slot::Output(1))
-            .param(tokens)
-            .param(experts)
-            .param(self.top_k)
+            .read(8, bias)
+            .write(9, Slot::Output(2))
             .folded(tokens.div_ceil(WORKGROUP), capabilities)?;
         Ok(launch.into())
     }
@@ -162,12 +300,16 @@ impl Op for Route {
 
 impl RouteBackward {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        let (logits, chosen, gates, d_gates) =
-            (io.floats(0)?, io.ints(1)?, io.floats(2)?, io.floats(3)?);
-        let (experts, top_k) = (
-            io.input_type(0)?.shape.last(),
-            io.input_type(1)?.shape.last(),
-        );
+        let Route {
+            top_k,
+            renormalize,
+            score,
+            scale,
+        } = self.0;
+        let (logits, chosen, gates) = (io.floats(0)?, io.ints(1)?, io.floats(2)?);
+        let (norms, d_gates) = (io.floats(3)?, io.floats(4)?);
+        let experts = io.input_type(0)?.shape.last();
+        let inverse_scale = R::of(1.0 / f64::from(scale));
         let d_logits = io.floats_out(0)?;
         d_logits
             .par_chunks_mut(experts)
@@ -180,32 +322,30 @@ impl RouteBackward {
                     &d_gates[slots],
                 );
                 let logits = &logits[token * experts..(token + 1) * experts];
-                let mean: R = gates
-                    .iter()
-                    .zip(d_gates)
-                    .map(|(&gate, &d_gate)| gate * d_gate)
-                    .sum();
+                let (largest, sum) = (norms[2 * token], norms[2 * token + 1]);
+                let pairs = || gates.iter().zip(d_gates);
+                let mean: R = pairs().map(|(&gate, &d_gate)| gate * d_gate).sum();
                 for (d_logit, &logit) in d_logits.iter_mut().zip(logits) {
-                    // The first gate belongs to the largest logit: all probabilities follow from it.
-                    let probability = gates[0] * (logit - logits[chosen[0] as usize]).exp();
-                    *d_logit = if self.renormalize {
+                    *d_logit = if renormalize || score == Score::Sigmoid {
                         R::zero()
                     } else {
-                        -probability * mean
+                        -((logit - largest).exp() / sum) * mean
                     };
                 }
                 for ((&expert, &gate), &d_gate) in chosen.iter().zip(gates).zip(d_gates) {
                     // g_e sum g_i (G_e - G_i) equals g_e (G_e - m), but keeps its digits when one gate is nearly 1.
-                    let part = if self.renormalize {
-                        gates
-                            .iter()
-                            .zip(d_gates)
-                            .map(|(&g, &d)| g * (d_gate - d))
+                    let part = if renormalize {
+                        pairs()
+                            .map(|(&g, &d)| inverse_scale * g * (d_gate - d))
                             .sum()
                     } else {
                         d_gate
                     };
-                    d_logits[expert as usize] += gate * part;
+                    let complement = match score {
+                        Score::Softmax => R::one(),
+                        Score::Sigmoid => sigmoids(logits[expert as usize]).1,
+                    };
+                    d_logits[expert as usize] += complement * gate * part;
                 }
             });
         Ok(())
@@ -218,13 +358,14 @@ impl Op for RouteBackward {
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
-        expect_count(self.name(), inputs, 4)?;
+        expect_count(self.name(), inputs, 5)?;
         let [tokens, top_k] = dims_f32(self.name(), "the gates", &inputs[2])?;
         expect_i32(self.name(), "the experts", &inputs[1], &[tokens, top_k])?;
+        expect_f32(self.name(), "the norms", &inputs[3], &[tokens, 2])?;
         expect_f32(
             self.name(),
             "the gradient of the gates",
-            &inputs[3],
+            &inputs[4],
             &[tokens, top_k],
         )?;
         Ok(vec![inputs[0].clone()])
@@ -232,16 +373,15 @@ impl Op for RouteBackward {
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let [tokens, experts] = dims_f32(self.name(), "the logits", &io.inputs[0])?;
-        let launch = Launch::new(shader!("route"), "backward")
-            .constant("RENORMALIZE", self.renormalize)
+        let launch = self
+            .0
+            .launch("backward", [tokens, experts], false)
             .read(1, Slot::Input(0))
             .read(4, Slot::Input(1))
             .read(5, Slot::Input(2))
-            .read(6, Slot::Input(3))
+            .read(6, Slot::Input(4))
             .write(7, Slot::Output(0))
-            .param(tokens)
-            .param(experts)
-            .param(io.inputs[1].shape.last())
+            .read(10, Slot::Input(3))
             .folded((tokens * experts).div_ceil(WORKGROUP), capabilities)?;
         Ok(launch.into())
     }

@@ -7,19 +7,22 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::host_reference;
 use crate::ops::host_gemm::{Matrix, gemm};
-use crate::ops::segments::{expect_segments, gather, host_segments, row_share};
-use crate::ops::{HostIo, LaunchTypes, Op, Real, dims_f32, expect_count, shader};
-use crate::tensor::TensorType;
+use crate::ops::segments::{RowOf, expect_segments, gather, host_segments, row_share};
+use crate::ops::{HostIo, LaunchTypes, Op, Real, dims_f32, expect_count, expect_dtype, shader};
+use crate::tensor::{DType, TensorType};
 
 /// Rows and columns that one invocation computes, as in `shaders/segment_outer.wgsl`.
 const TILE: usize = 4;
 const WORKGROUP: usize = 64;
 
-/// Inputs: left `[rows, a]`, right `[rows, b]`, order, offsets, the gates if `gated`. Output `[experts, a, b]`.
+/// Inputs: left `[rows, a]`, right `[rows, b]`, order, offsets, the gates if `gated`, the rows of right that the pairs read if
+/// `right_mapped`. Output `[experts, a, b]`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SegmentOuter {
     pub(crate) scale: f32,
     pub(crate) gated: bool,
+    pub(crate) none: bool,
+    pub(crate) right_mapped: bool,
 }
 
 struct Sizes {
@@ -27,33 +30,59 @@ struct Sizes {
     left: usize,
     right: usize,
     left_share: usize,
+    /// Not used with `right_mapped`.
     right_share: usize,
+    right_rows: usize,
 }
 
 impl SegmentOuter {
+    /// The number of the input that maps pairs to rows of the right operand.
+    fn map(&self) -> Option<usize> {
+        self.right_mapped.then_some(4 + usize::from(self.gated))
+    }
+
+    fn count(&self) -> usize {
+        4 + usize::from(self.gated) + usize::from(self.right_mapped)
+    }
+
     fn sizes(&self, inputs: &[TensorType]) -> Result<Sizes> {
         let name = self.name();
         let [left_rows, left] = dims_f32(name, "the left operand", &inputs[0])?;
         let [right_rows, right] = dims_f32(name, "the right operand", &inputs[1])?;
-        let experts = inputs[3].elements() - 1;
-        let pairs = expect_segments(name, &inputs[2], &inputs[3], experts)?;
+        let segments = inputs[3].elements() - 1;
+        let experts = segments.saturating_sub(usize::from(self.none));
+        let pairs = expect_segments(name, &inputs[2], &inputs[3], experts, self.none)?;
         if self.gated && inputs[4].elements() != pairs {
             return Err(crate::Error::shape(
                 name,
                 format!("the gates are {} for {pairs} pairs", inputs[4]),
             ));
         }
+        let right_share = match self.map() {
+            Some(map) if inputs[map].elements() == pairs => {
+                expect_dtype(name, "the rows", &inputs[map], DType::I32)?;
+                1
+            }
+            Some(map) => {
+                return Err(crate::Error::shape(
+                    name,
+                    format!("the rows are {} for {pairs} pairs", inputs[map]),
+                ));
+            }
+            None => row_share(name, "the right operand", right_rows, pairs)?,
+        };
         Ok(Sizes {
             experts,
             left,
             right,
             left_share: row_share(name, "the left operand", left_rows, pairs)?,
-            right_share: row_share(name, "the right operand", right_rows, pairs)?,
+            right_share,
+            right_rows,
         })
     }
 
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        let types: Vec<TensorType> = (0..4 + usize::from(self.gated))
+        let types: Vec<TensorType> = (0..self.count())
             .map(|i| io.input_type(i).cloned())
             .collect::<Result<_>>()?;
         let sizes = self.sizes(&types)?;
@@ -63,6 +92,10 @@ impl SegmentOuter {
             Some(io.floats(4)?)
         } else {
             None
+        };
+        let right_row = match self.map() {
+            Some(map) => RowOf::Table(io.ints(map)?),
+            None => RowOf::Share(sizes.right_share),
         };
         let scale = R::of(f64::from(self.scale));
         let out = io.floats_out(0)?;
@@ -74,8 +107,14 @@ impl SegmentOuter {
                     return out.fill(R::zero());
                 }
                 let factor = |pair: usize| gates.map_or(scale, |gates| scale * gates[pair]);
-                let left = gather(left, sizes.left, pairs, sizes.left_share, factor);
-                let right = gather(right, sizes.right, pairs, sizes.right_share, |_| R::one());
+                let left = gather(
+                    left,
+                    sizes.left,
+                    pairs,
+                    RowOf::Share(sizes.left_share),
+                    factor,
+                );
+                let right = gather(right, sizes.right, pairs, right_row, |_| R::one());
                 let left = Matrix::new(&left, pairs.len(), sizes.left).transposed_if(true);
                 gemm(
                     out,
@@ -96,7 +135,7 @@ impl Op for SegmentOuter {
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
-        expect_count(self.name(), inputs, 4 + usize::from(self.gated))?;
+        expect_count(self.name(), inputs, self.count())?;
         let sizes = self.sizes(inputs)?;
         Ok(vec![TensorType::f32([
             sizes.experts,
@@ -112,6 +151,7 @@ impl Op for SegmentOuter {
             right,
             left_share,
             right_share,
+            right_rows,
         } = self.sizes(io.inputs)?;
         let lanes_right = right.div_ceil(TILE).next_power_of_two().min(16);
         let lanes_left = (WORKGROUP / lanes_right).min(left.div_ceil(TILE).next_power_of_two());
@@ -119,28 +159,28 @@ impl Op for SegmentOuter {
             left.div_ceil(lanes_left * TILE),
             right.div_ceil(lanes_right * TILE),
         );
-        // Without gates the binding is not read: any buffer will do.
-        let gates = if self.gated {
-            Slot::Input(4)
-        } else {
-            Slot::Input(0)
-        };
+        // Without gates or a map their bindings are not read: any buffer will do.
+        let gates = Slot::Input(if self.gated { 4 } else { 0 });
+        let rows = Slot::Input(self.map().unwrap_or(2));
         let launch = Launch::new(shader!("segment_outer"), "forward")
             .constant("LANES_LEFT", lanes_left as f64)
             .constant("LANES_RIGHT", lanes_right as f64)
             .constant("ALIGNED", left % 4 == 0 && right % 4 == 0)
             .constant("GATED", self.gated)
+            .constant("MAPPED", self.right_mapped)
             .read(1, Slot::Input(0))
             .read(2, Slot::Input(1))
             .read(3, Slot::Input(2))
             .read(4, Slot::Input(3))
             .read(5, gates)
             .write(6, Slot::Output(0))
+            .read(7, rows)
             .param(experts)
             .param(left)
             .param(right)
             .param(left_share)
             .param(right_share)
+            .param(right_rows)
             .param(self.scale)
             .param(left_groups)
             .param(right_groups)

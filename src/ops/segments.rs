@@ -33,6 +33,8 @@ pub struct Segments {
     pub(crate) experts: Value,
     pub(crate) order: Value,
     pub(crate) offsets: Value,
+    /// Whether there is one more segment than experts, for pairs that belong to none.
+    pub(crate) none: bool,
 }
 
 impl Segments {
@@ -48,7 +50,8 @@ impl Segments {
         self.order
     }
 
-    /// `i32 [experts + 1]`: where each expert's pairs start in the order.
+    /// `i32 [experts + 1]`: where each expert's pairs start in the order. With a segment of pairs that belong to no expert, which
+    /// comes last, `i32 [experts + 2]`.
     #[must_use]
     pub fn offsets(&self) -> Value {
         self.offsets
@@ -66,6 +69,19 @@ impl Graph {
             experts,
             order,
             offsets,
+            none: false,
+        })
+    }
+
+    /// As [`Graph::segments`], with `count` itself for a pair that belongs to no expert: grouped products give it zeros, nothing is added
+    /// for it, and no weight sees it.
+    ///
+    /// # Errors
+    /// As [`Graph::sort_by_key`].
+    pub fn segments_with_none(&mut self, experts: Value, count: usize) -> Result<Segments> {
+        Ok(Segments {
+            none: true,
+            ..self.segments(experts, count + 1)?
         })
     }
 }
@@ -92,14 +108,17 @@ pub(crate) fn weight_sizes(
     }
 }
 
-/// Checks the sorted pairs of an operation on `experts` experts and returns how many pairs there are.
+/// Checks the sorted pairs of an operation on `experts` experts, and one more segment with `none`; returns how many pairs there
+/// are.
 pub(crate) fn expect_segments(
     op: &'static str,
     order: &TensorType,
     offsets: &TensorType,
     experts: usize,
+    none: bool,
 ) -> Result<usize> {
-    expect_i32(op, "the offsets", offsets, &[experts + 1])?;
+    let segments = experts + usize::from(none);
+    expect_i32(op, "the offsets", offsets, &[segments + 1])?;
     let pairs = order.elements();
     expect_i32(op, "the order", order, &[pairs])?;
     Ok(pairs)
@@ -125,17 +144,35 @@ pub(crate) fn host_segments<'a>(order: &'a [i32], offsets: &[i32]) -> Vec<&'a [i
         .collect()
 }
 
-/// Rows of `x` (`width` wide) for the pairs of a segment, `share` pairs to a row, each times its factor.
+/// Which row each pair reads, on the host.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum RowOf<'a> {
+    /// So many neighbouring pairs share a row.
+    Share(usize),
+    /// The row is in a table.
+    Table(&'a [i32]),
+}
+
+impl RowOf<'_> {
+    fn row(self, pair: usize) -> usize {
+        match self {
+            Self::Share(share) => pair / share,
+            Self::Table(rows) => rows[pair] as usize,
+        }
+    }
+}
+
+/// Rows of `x` (`width` wide) for the pairs of a segment, each times its factor.
 pub(crate) fn gather<R: Real>(
     x: &[R],
     width: usize,
     pairs: &[i32],
-    share: usize,
+    row_of: RowOf<'_>,
     factor: impl Fn(usize) -> R,
 ) -> Vec<R> {
     let mut rows = Vec::with_capacity(pairs.len() * width);
     for &pair in pairs {
-        let row = pair as usize / share;
+        let row = row_of.row(pair as usize);
         let factor = factor(pair as usize);
         rows.extend(
             x[row * width..(row + 1) * width]

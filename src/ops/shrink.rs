@@ -7,7 +7,7 @@ use crate::host_reference;
 use crate::ops::expand::Expand;
 use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::{
-    expect_segments, gather, host_segments, products, row_share, weight_sizes,
+    RowOf, expect_segments, gather, host_segments, products, row_share, weight_sizes,
 };
 use crate::ops::{HostIo, LaunchTypes, Layout, Op, Real, Segments, dims_f32, expect_count, shader};
 use crate::tensor::TensorType;
@@ -20,11 +20,13 @@ const WORKGROUP: usize = 64;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shrink {
     pub(crate) layout: Layout,
+    pub(crate) none: bool,
 }
 
 impl Graph {
     /// `z[p] = W[e(p)] x[p / share]`: `x` is `[rows, in]`, `weight` holds one matrix an expert, the result is `[pairs, out]`. With
     /// fewer rows than pairs, `share = pairs / rows` neighbouring pairs (the slots of a token) use one row. No row is copied.
+    /// Pairs of no expert get zeros.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if the shapes do not fit.
@@ -36,7 +38,10 @@ impl Graph {
         segments: Segments,
     ) -> Result<Value> {
         self.apply1(
-            Shrink { layout },
+            Shrink {
+                layout,
+                none: segments.none,
+            },
             &[
                 x,
                 weight,
@@ -49,12 +54,12 @@ impl Graph {
 }
 
 /// Sizes of a grouped product.
-struct Sizes {
-    pairs: usize,
-    share: usize,
-    experts: usize,
-    out: usize,
-    input: usize,
+pub(crate) struct Sizes {
+    pub(crate) pairs: usize,
+    pub(crate) share: usize,
+    pub(crate) experts: usize,
+    pub(crate) out: usize,
+    pub(crate) input: usize,
 }
 
 impl Shrink {
@@ -62,7 +67,7 @@ impl Shrink {
         let name = self.name();
         let [rows, width] = dims_f32(name, "the operand", &inputs[0])?;
         let (experts, out, input) = weight_sizes(name, &inputs[1], self.layout)?;
-        let pairs = expect_segments(name, &inputs[3], &inputs[4], experts)?;
+        let pairs = expect_segments(name, &inputs[3], &inputs[4], experts, self.none)?;
         if inputs[2].elements() != pairs || width != input {
             return Err(crate::Error::shape(
                 name,
@@ -87,17 +92,30 @@ impl Shrink {
             .map(|i| io.input_type(i).cloned())
             .collect::<Result<_>>()?;
         let Sizes {
-            share, out, input, ..
+            share,
+            experts,
+            out,
+            input,
+            ..
         } = self.sizes(&types)?;
         let (x, weight, order, offsets) = (io.floats(0)?, io.floats(1)?, io.ints(3)?, io.ints(4)?);
         let segments = host_segments(order, offsets);
-        let rows = |pairs: &[i32]| gather(x, input, pairs, share, |_| R::one());
-        let parts = products(&segments, weight, (out, input), self.layout, rows);
+        let rows = |pairs: &[i32]| gather(x, input, pairs, RowOf::Share(share), |_| R::one());
+        let parts = products(
+            &segments[..experts],
+            weight,
+            (out, input),
+            self.layout,
+            rows,
+        );
         let z = io.floats_out(0)?;
         for (pairs, part) in segments.iter().zip(&parts) {
             for (&pair, row) in pairs.iter().zip(part.chunks(out)) {
                 z[pair as usize * out..][..out].copy_from_slice(row);
             }
+        }
+        for &pair in segments[experts..].iter().copied().flatten() {
+            z[pair as usize * out..][..out].fill(R::zero());
         }
         Ok(())
     }
@@ -131,6 +149,8 @@ impl Op for Shrink {
                     scale: 1.0,
                     gated: false,
                     accumulate: base.is_some(),
+                    none: self.none,
+                    rows_per_token: None,
                 };
                 let inputs = [dz, weight, by_row, order, offsets];
                 graph.apply1(op, &inputs.into_iter().chain(base).collect::<Vec<_>>())
@@ -146,6 +166,8 @@ impl Op for Shrink {
                 SegmentOuter {
                     scale: 1.0,
                     gated: false,
+                    none: self.none,
+                    right_mapped: false,
                 },
                 &[left, right, order, offsets],
             )?;
@@ -155,17 +177,41 @@ impl Op for Shrink {
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let Sizes {
+        let sizes = self.sizes(io.inputs)?;
+        let operands = [
+            Slot::Input(0),
+            Slot::Input(1),
+            Slot::Input(3),
+            Slot::Input(4),
+        ];
+        let launch = self.launch(&sizes, operands, Slot::Output(0), capabilities)?;
+        Ok(launch.into())
+    }
+
+    host_reference!();
+}
+
+impl Shrink {
+    /// The product of x, weight, order and offsets into z: here, and in the wide form of expand.
+    pub(crate) fn launch(
+        &self,
+        sizes: &Sizes,
+        [x, weight, order, offsets]: [Slot; 4],
+        z: Slot,
+        capabilities: &Capabilities,
+    ) -> Result<Launch> {
+        let &Sizes {
             pairs,
             share,
             experts,
             out,
             input,
-        } = self.sizes(io.inputs)?;
+        } = sizes;
+        let segments = experts + usize::from(self.none);
         let lanes_out = out.div_ceil(TILE).next_power_of_two().min(8);
         let lanes_pairs = (WORKGROUP / lanes_out).min(pairs.div_ceil(TILE).next_power_of_two());
-        // Every expert's last tile may be partly empty: at most one more tile an expert.
-        let tiles = pairs.div_ceil(lanes_pairs * TILE) + experts.min(pairs);
+        // Every segment's last tile may be partly empty: at most one more tile an expert.
+        let tiles = pairs.div_ceil(lanes_pairs * TILE) + segments.min(pairs);
         let out_groups = out.div_ceil(lanes_out * TILE);
         let weight_row = if self.layout == Layout::OutIn {
             input
@@ -173,24 +219,22 @@ impl Op for Shrink {
             out
         };
         let aligned = input % 4 == 0 && weight_row % 4 == 0;
-        let launch = Launch::new(shader!("shrink"), "forward")
+        Launch::new(shader!("shrink"), "forward")
             .constant("LANES_OUT", lanes_out as f64)
             .constant("LANES_PAIRS", lanes_pairs as f64)
             .constant("OUT_IN", self.layout == Layout::OutIn)
             .constant("ALIGNED", aligned)
-            .read(1, Slot::Input(0))
-            .read(2, Slot::Input(1))
-            .read(3, Slot::Input(3))
-            .read(4, Slot::Input(4))
-            .write(5, Slot::Output(0))
+            .read(1, x)
+            .read(2, weight)
+            .read(3, order)
+            .read(4, offsets)
+            .write(5, z)
             .param(experts)
+            .param(segments)
             .param(out)
             .param(input)
             .param(share)
             .param(out_groups)
-            .folded(tiles * out_groups, capabilities)?;
-        Ok(launch.into())
+            .folded(tiles * out_groups, capabilities)
     }
-
-    host_reference!();
 }

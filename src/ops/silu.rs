@@ -28,7 +28,7 @@ impl Graph {
 }
 
 /// sigmoid(x) and 1 - sigmoid(x), without cancellation and from the exponential of a number that is not positive.
-fn sigmoids<R: Real>(x: R) -> (R, R) {
+pub(crate) fn sigmoids<R: Real>(x: R) -> (R, R) {
     let e = (-x.abs()).exp();
     let (large, small) = (R::one() / (R::one() + e), e / (R::one() + e));
     if x >= R::zero() {

@@ -1,9 +1,10 @@
-//! Arithmetic on one tensor, element by element: a x + b, negation, square, square root, reciprocal, exp, ln, tanh.
+//! Arithmetic on one tensor, element by element: a x + b, negation, square, square root, reciprocal, exp, ln, tanh, sigmoid.
 
 use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::silu::sigmoids;
 use crate::ops::{HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, shader};
 use crate::tensor::{DType, TensorType};
 
@@ -24,6 +25,7 @@ enum Function {
     Tanh,
     /// The derivative of tanh, `1 - tanh² x`, from x: from the result it would have no digits left where tanh is nearly 1.
     TanhSlope,
+    Sigmoid,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -101,6 +103,14 @@ impl Graph {
     pub fn tanh(&mut self, x: Value) -> Result<Value> {
         self.apply1(Unary(Function::Tanh), &[x])
     }
+
+    /// `1 / (1 + e^-x)`, element by element; does not overflow.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `x` holds integers.
+    pub fn sigmoid(&mut self, x: Value) -> Result<Value> {
+        self.apply1(Unary(Function::Sigmoid), &[x])
+    }
 }
 
 impl Unary {
@@ -122,6 +132,7 @@ impl Unary {
                 let e = (R::of(-2.0) * x.abs()).exp();
                 R::of(4.0) * e / ((R::one() + e) * (R::one() + e))
             }
+            Function::Sigmoid => sigmoids(x).0,
         };
         for (y, &x) in y.iter_mut().zip(x) {
             *y = apply(x);
@@ -141,6 +152,7 @@ impl Op for Unary {
             Function::Ln => "ln",
             Function::Tanh => "tanh",
             Function::TanhSlope => "tanh_slope",
+            Function::Sigmoid => "sigmoid",
         }
     }
 
@@ -183,6 +195,13 @@ impl Op for Unary {
                 let twice = graph.scale(product, -2.0)?;
                 graph.mul(dy, twice)?
             }
+            Function::Sigmoid => {
+                // 1 - y as the sigmoid of -x: it keeps its digits where y is nearly 1.
+                let minus_x = graph.neg(x)?;
+                let complement = graph.sigmoid(minus_x)?;
+                let slope = graph.mul(y, complement)?;
+                graph.mul(dy, slope)?
+            }
         };
         context.add(0, dx)
     }
@@ -198,6 +217,7 @@ impl Op for Unary {
             Function::Ln => (5, 0.0, 0.0),
             Function::Tanh => (6, 0.0, 0.0),
             Function::TanhSlope => (7, 0.0, 0.0),
+            Function::Sigmoid => (8, 0.0, 0.0),
         };
         let launch = Launch::new(shader!("unary"), "forward")
             .constant("FUNCTION", code)

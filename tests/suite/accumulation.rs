@@ -2,7 +2,7 @@
 //! in the middle of a step is as good as any.
 
 use libtest_mimic::{Failed, Trial};
-use rankmix::layers::{AdapterOptions, Linear, RotMole, RouterOptions};
+use rankmix::layers::{AdapterOptions, Linear, RotMole, Routing};
 use rankmix::ops::IGNORED_LABEL;
 use rankmix::train::{AccumulatedUpdate, AdamW, GradientAccumulation, Optimizer};
 use rankmix::{Device, Graph, ParameterStore, Result, Session, Tensor, TensorType, Value};
@@ -30,7 +30,7 @@ fn model(tokens: usize) -> Result<(Graph, Value)> {
     let layer = RotMole::new(
         Linear::new("layer", WIDTH, CLASSES),
         AdapterOptions::new(6, 12.0),
-        RouterOptions::new(5, 2),
+        Routing::new(5, 2),
     )?;
     let logits = layer.forward(&mut graph, active)?.output;
     let loss = graph.cross_entropy(logits, labels)?;

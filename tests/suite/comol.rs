@@ -88,7 +88,7 @@ impl Shape {
         let CoMolOutput {
             output,
             gates,
-            routed,
+            router,
             ..
         } = self.layer()?.forward(&mut graph, x)?;
         let upstream = graph.constant(floats(&[self.tokens, self.d_out], 400))?;
@@ -100,10 +100,13 @@ impl Shape {
             wanted.push(graph.named(&name)?);
         }
         let gradients = graph.gradients_from(&[(output, upstream)], &wanted)?;
-        let values: Vec<Value> = [output, routed.map_or(gates, |routed| routed.experts())]
-            .into_iter()
-            .chain(gradients)
-            .collect();
+        let values: Vec<Value> = [
+            output,
+            router.map_or(gates, |router| router.routed.experts()),
+        ]
+        .into_iter()
+        .chain(gradients)
+        .collect();
         for &value in &values {
             graph.output(value)?;
         }

@@ -1,7 +1,7 @@
 //! A host application with a wgpu device of its own: its limits, its encoder, its buffers, and what happens when it loses the device.
 
 use libtest_mimic::{Failed, Trial};
-use rankmix::layers::{AdapterOptions, Linear, RotMole, RouterOptions};
+use rankmix::layers::{AdapterOptions, Linear, RotMole, Routing};
 use rankmix::{
     Device, Error, Graph, ParameterStore, Result, Session, Tensor, TensorType, Value, wgpu,
 };
@@ -44,7 +44,7 @@ fn layer_on(device: &Device) -> Result<(Session, Value, Value)> {
     let layer = RotMole::new(
         Linear::new("layer", D_IN, D_OUT),
         AdapterOptions::new(4, 8.0),
-        RouterOptions::new(3, 2),
+        Routing::new(3, 2),
     )?;
     let y = layer.forward(&mut graph, x)?.output;
     graph.output(y)?;

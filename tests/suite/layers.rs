@@ -3,7 +3,7 @@
 use libtest_mimic::{Failed, Trial};
 use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
-use rankmix::layers::{AdapterOptions, GateInput, Linear, MoeLora, RotMole, RouterOptions};
+use rankmix::layers::{AdapterOptions, GateInput, Linear, MoeLora, RotMole, Routing};
 use rankmix::ops::Rotation;
 use rankmix::{Device, Graph, ParameterStore, Result, Tensor, TensorType, Value};
 
@@ -32,7 +32,7 @@ impl Shape {
         let mut layer = RotMole::with_rotation(
             Linear::new("layer", self.d_in, self.d_out),
             AdapterOptions::new(self.rank, 16.0),
-            RouterOptions::new(self.experts, self.top_k),
+            Routing::new(self.experts, self.top_k),
             self.rotation,
             self.gate_input,
         )?;
@@ -340,7 +340,7 @@ fn a_gate_of_zero_is_moe_lora(device: &Device, rotation: Rotation) -> Result<(),
         let rotated = RotMole::with_rotation(
             Linear::new("layer", d_in, d_out),
             AdapterOptions::new(6, 12.0),
-            RouterOptions::new(5, 2),
+            Routing::new(5, 2),
             rotation,
             gate_input,
         )?;
@@ -363,7 +363,7 @@ fn trainable_elements_are_counted() -> Result<(), Failed> {
             let layer = RotMole::with_rotation(
                 Linear::new("layer", 24, 17),
                 AdapterOptions::new(6, 12.0),
-                RouterOptions::new(5, 2),
+                Routing::new(5, 2),
                 rotation,
                 gate_input,
             )?;
@@ -389,12 +389,12 @@ fn memory_is_near_the_lower_bound(device: &Device) -> Result<(), Failed> {
         let first = RotMole::new(
             Linear::new("first", width, width),
             options,
-            RouterOptions::new(8, 2),
+            Routing::new(8, 2),
         )?;
         let second = RotMole::new(
             Linear::new("second", width, width),
             options,
-            RouterOptions::new(8, 2),
+            Routing::new(8, 2),
         )?;
         let hidden = first.forward(&mut graph, x)?;
         let active = graph.silu(hidden.output)?;

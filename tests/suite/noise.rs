@@ -3,7 +3,7 @@
 use libtest_mimic::{Failed, Trial};
 use rankmix::device::{Capabilities, Launch, Launches, Shader, Slot};
 use rankmix::layers::{
-    AdapterOptions, CoMol, CoreRouting, Linear, Lora, MoeLora, RotMole, RouterOptions,
+    AdapterOptions, CoMol, CoreRouting, Linear, Lora, MoeLora, RotMole, Routing,
 };
 use rankmix::ops::{LaunchTypes, threefry};
 use rankmix::train::AdamW;
@@ -255,12 +255,12 @@ const LAYERS: [(&str, Forward); 5] = [
         Ok((Lora::new(base(), options)?.forward(graph, x)?, None))
     }),
     ("moe_lora", |graph, x, options| {
-        let layer = MoeLora::new(base(), options, RouterOptions::new(4, 2))?;
+        let layer = MoeLora::new(base(), options, Routing::new(4, 2))?;
         let routed = layer.forward(graph, x)?;
         Ok((routed.output, Some(routed.logits)))
     }),
     ("rotmole", |graph, x, options| {
-        let layer = RotMole::new(base(), options, RouterOptions::new(4, 2))?;
+        let layer = RotMole::new(base(), options, Routing::new(4, 2))?;
         let routed = layer.forward(graph, x)?;
         Ok((routed.output, Some(routed.logits)))
     }),

@@ -2,9 +2,7 @@
 
 use libtest_mimic::{Failed, Trial};
 use rankmix::graph::MemoryReport;
-use rankmix::layers::{
-    AdapterOptions, Linear, Lora, MoeLora, RotMole, RoutedOutput, RouterOptions,
-};
+use rankmix::layers::{AdapterOptions, Linear, Lora, MoeLora, RotMole, RoutedOutput, Routing};
 use rankmix::train::{AdamW, Optimizer};
 use rankmix::{Device, Graph, Init, ParameterStore, Result, Session, Tensor, TensorType, Value};
 
@@ -37,7 +35,7 @@ struct Stack {
 fn block(graph: &mut Graph, name: &str, x: Value) -> Result<(Value, Option<RoutedOutput>)> {
     let width = graph.ty(x)?.shape.last();
     let base = Linear::new(name, width, width);
-    let (options, router) = (AdapterOptions::new(4, 8.0), RouterOptions::new(5, 2));
+    let (options, router) = (AdapterOptions::new(4, 8.0), Routing::new(5, 2));
     let weight = graph.parameter(&format!("{name}.norm"), [width], Init::Ones, true)?;
     let normed = graph.rms_norm(x, weight, 1e-5)?;
     let (output, routed) = match name {
@@ -215,7 +213,7 @@ fn two_backward_passes(device: &Device) -> Result<(), Failed> {
             let layer = MoeLora::new(
                 Linear::new("layer", 8, 8),
                 AdapterOptions::new(2, 4.0),
-                RouterOptions::new(3, 2),
+                Routing::new(3, 2),
             )?;
             let hidden = layer.forward(graph, x)?.output;
             let active = graph.silu(hidden)?;

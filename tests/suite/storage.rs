@@ -4,7 +4,7 @@
 use half::f16;
 use libtest_mimic::{Failed, Trial};
 use rankmix::golden::HALF_TOLERANCES;
-use rankmix::layers::{AdapterOptions, Linear, MoeLora, RouterOptions};
+use rankmix::layers::{AdapterOptions, Linear, MoeLora, Routing};
 use rankmix::train::{AdamW, LossScaling, Optimizer};
 use rankmix::{
     DType, Device, Graph, Init, ParameterStore, Precision, Result, Session, Storage, Tensor,
@@ -138,7 +138,7 @@ impl Training {
         let layer = MoeLora::new(
             Linear::new("layer", D_IN, CLASSES),
             AdapterOptions::new(6, 12.0),
-            RouterOptions::new(5, 2),
+            Routing::new(5, 2),
         )?;
         let routed = layer.forward(&mut graph, x)?;
         let loss = graph.cross_entropy(routed.output, labels)?;

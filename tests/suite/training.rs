@@ -2,7 +2,7 @@
 //! formula, saving and loading.
 
 use libtest_mimic::{Failed, Trial};
-use rankmix::layers::{AdapterOptions, GateInput, Linear, RotMole, RouterOptions};
+use rankmix::layers::{AdapterOptions, GateInput, Linear, RotMole, Routing};
 use rankmix::ops::Rotation;
 use rankmix::train::{AdamW, Optimizer};
 use rankmix::{Device, Graph, ParameterStore, Result, Session, Tensor, TensorType, Value};
@@ -30,7 +30,7 @@ fn step_of(device: &Device, rotation: Rotation) -> Result<Step> {
     let layer = RotMole::with_rotation(
         Linear::new("layer", D_IN, CLASSES),
         AdapterOptions::new(6, 12.0),
-        RouterOptions::new(5, 2),
+        Routing::new(5, 2),
         rotation,
         GateInput::Input,
     )?;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use rankmix::layers::{AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, RouterOptions};
+use rankmix::layers::{AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, Routing};
 use rankmix::ops::Rotation;
 use rankmix::{Device, Error, Graph, ParameterStore, Result, Session, Tensor, TensorType, Value};
 use serde::Serialize;
@@ -77,7 +77,7 @@ const SPAN: Duration = Duration::from_secs(2);
 fn layer_output(options: &Options, graph: &mut Graph, x: Value) -> Result<Value> {
     let base = Linear::new("layer", options.d_in, options.d_out);
     let adapter = AdapterOptions::new(options.rank, 2.0 * options.rank as f32);
-    let router = RouterOptions::new(options.experts, options.top_k);
+    let router = Routing::new(options.experts, options.top_k);
     match options.layer {
         Layer::Lora => Lora::new(base, adapter)?.forward(graph, x),
         Layer::MoeLora => Ok(MoeLora::new(base, adapter, router)?

@@ -7,7 +7,7 @@ use crate::case::{Case, floats, floats_in, ints};
 
 /// How tokens spread over experts.
 #[derive(Clone, Copy, Debug)]
-enum Popularity {
+pub enum Popularity {
     /// Every slot a different expert, round and round.
     Distinct,
     /// At random.
@@ -20,8 +20,18 @@ enum Popularity {
     Skewed,
 }
 
+impl Popularity {
+    pub const ALL: [Self; 5] = [
+        Self::Distinct,
+        Self::Uniform,
+        Self::Zipf,
+        Self::Identical,
+        Self::Skewed,
+    ];
+}
+
 /// Experts for tokens, distinct within a token.
-fn choose(popularity: Popularity, tokens: usize, top_k: usize, experts: usize) -> Tensor {
+pub fn choose(popularity: Popularity, tokens: usize, top_k: usize, experts: usize) -> Tensor {
     let noise = floats_in(&[tokens, experts], 77, 0.0, 1.0).to_f64();
     let mut chosen = Vec::new();
     for token in 0..tokens {
@@ -126,13 +136,7 @@ fn grouped(
 
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for popularity in [
-        Popularity::Distinct,
-        Popularity::Uniform,
-        Popularity::Zipf,
-        Popularity::Identical,
-        Popularity::Skewed,
-    ] {
+    for popularity in Popularity::ALL {
         cases.extend(grouped(5, 2, 4, 3, 6, popularity));
         cases.extend(
             grouped(133, 3, 7, 20, 36, popularity)

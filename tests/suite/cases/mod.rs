@@ -2,7 +2,8 @@
 
 mod arithmetic;
 mod cores;
-mod grouped;
+mod experts;
+pub mod grouped;
 mod model_parts;
 mod noise;
 mod products;
@@ -17,6 +18,7 @@ pub fn all() -> Vec<Case> {
         cores::cases(),
         products::cases(),
         grouped::cases(),
+        experts::cases(),
         model_parts::cases(),
         noise::cases(),
         rotation::cases(),
