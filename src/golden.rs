@@ -284,6 +284,9 @@ impl GoldenCase {
         let routing = Routing::new(config.experts, config.top_k);
         let expert = FeedForward {
             activation: config.activation,
+            gated: ["param.gate", "param.gate_expert"]
+                .iter()
+                .any(|name| self.file.tensors.contains_key(*name)),
             ..FeedForward::new(config.hidden, config.intermediate)
         };
         match self.layer.as_str() {

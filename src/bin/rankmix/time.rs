@@ -4,12 +4,15 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use rankmix::layers::{AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, Routing};
+use rankmix::layers::{
+    AdapterOptions, CoMol, CoreRouting, FeedForward, GateInput, LatentMoe, Linear, Lora, Moe,
+    MoeLora, RotMole, Routing,
+};
 use rankmix::ops::Rotation;
 use rankmix::{Device, Error, Graph, ParameterStore, Result, Session, Tensor, TensorType, Value};
 use serde::Serialize;
 
-use crate::DeviceArguments;
+use crate::{DeviceArguments, StorageArguments};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Layer {
@@ -17,6 +20,17 @@ enum Layer {
     #[value(name = "moe_lora")]
     MoeLora,
     Rotmole,
+    Comol,
+    Moe,
+    #[value(name = "latent_moe")]
+    LatentMoe,
+}
+
+impl Layer {
+    /// A feed-forward layer, of which `hidden` and `intermediate` are the widths; else an adapted linear layer.
+    fn is_feed_forward(self) -> bool {
+        matches!(self, Self::Moe | Self::LatentMoe)
+    }
 }
 
 /// The layer's sizes.
@@ -24,16 +38,18 @@ enum Layer {
 pub(crate) struct Options {
     #[command(flatten)]
     device: DeviceArguments,
+    #[command(flatten)]
+    storage: StorageArguments,
     /// The layer.
     #[arg(long, value_enum, default_value = "rotmole")]
     layer: Layer,
-    /// Tokens (rows of the input).
-    #[arg(long, default_value_t = 512)]
-    tokens: usize,
-    /// Width of the input.
+    /// Tokens (rows of the input) [default: 512, or 256 for moe and latent_moe]
+    #[arg(long)]
+    tokens: Option<usize>,
+    /// Width of an adapted layer's input.
     #[arg(long, default_value_t = 1024)]
     d_in: usize,
-    /// Width of the output.
+    /// Width of an adapted layer's output.
     #[arg(long, default_value_t = 1024)]
     d_out: usize,
     /// Rank of the adapter.
@@ -54,6 +70,27 @@ pub(crate) struct Options {
     /// Keep every number of the rotation within ±π.
     #[arg(long)]
     bounded: bool,
+    /// CoMoL: let the router look at the layer's input instead of the latent.
+    #[arg(long)]
+    raw_routing: bool,
+    /// CoMoL: gates over the `top_k` chosen experts instead of all.
+    #[arg(long)]
+    sparse: bool,
+    /// Width of a feed-forward layer's input and output.
+    #[arg(long, default_value_t = 512)]
+    hidden: usize,
+    /// Width inside a feed-forward expert.
+    #[arg(long, default_value_t = 256)]
+    intermediate: usize,
+    /// Latent MoE: width of the latents.
+    #[arg(long, default_value_t = 256)]
+    latent: usize,
+    /// Latent MoE: groups of experts that share latents.
+    #[arg(long, default_value_t = 2)]
+    groups: usize,
+    /// Latent MoE: factor the down projections too.
+    #[arg(long)]
+    factored_down: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -74,10 +111,32 @@ struct Timing {
 const RUNS: usize = 11;
 const SPAN: Duration = Duration::from_secs(2);
 
+impl Options {
+    fn tokens(&self) -> usize {
+        let default = if self.layer.is_feed_forward() {
+            256
+        } else {
+            512
+        };
+        self.tokens.unwrap_or(default)
+    }
+
+    /// Shapes of the input and of the output.
+    fn shapes(&self) -> [[usize; 2]; 2] {
+        let (d_in, d_out) = if self.layer.is_feed_forward() {
+            (self.hidden, self.hidden)
+        } else {
+            (self.d_in, self.d_out)
+        };
+        [[self.tokens(), d_in], [self.tokens(), d_out]]
+    }
+}
+
 fn layer_output(options: &Options, graph: &mut Graph, x: Value) -> Result<Value> {
     let base = Linear::new("layer", options.d_in, options.d_out);
     let adapter = AdapterOptions::new(options.rank, 2.0 * options.rank as f32);
     let router = Routing::new(options.experts, options.top_k);
+    let expert = FeedForward::new(options.hidden, options.intermediate);
     match options.layer {
         Layer::Lora => Lora::new(base, adapter)?.forward(graph, x),
         Layer::MoeLora => Ok(MoeLora::new(base, adapter, router)?
@@ -94,14 +153,31 @@ fn layer_output(options: &Options, graph: &mut Graph, x: Value) -> Result<Value>
             layer.bounded = options.bounded;
             Ok(layer.forward(graph, x)?.output)
         }
+        Layer::Comol => {
+            let mut layer = CoMol::new(base, adapter, options.experts)?;
+            if options.raw_routing {
+                layer.routing = CoreRouting::Raw;
+            }
+            if options.sparse {
+                layer = layer.with_sparse_gate(router)?;
+            }
+            Ok(layer.forward(graph, x)?.output)
+        }
+        Layer::Moe => Ok(Moe::new("layer", expert, router)?.forward(graph, x)?.output),
+        Layer::LatentMoe => {
+            let (latent, groups) = (options.latent, options.groups);
+            let mut layer = LatentMoe::new("layer", expert, latent, groups, router)?;
+            layer.factored_down = options.factored_down;
+            Ok(layer.forward(graph, x)?.output)
+        }
     }
 }
 
 /// Numbers in -1..1 that are all different: timing zeros would flatter some hardware.
-fn ramp(rows: usize, columns: usize) -> Result<Tensor> {
-    let count = rows * columns;
+fn ramp(shape: [usize; 2]) -> Result<Tensor> {
+    let count = shape[0] * shape[1];
     Tensor::f32(
-        [rows, columns],
+        shape,
         (0..count)
             .map(|i| (i as f32 * 0.618_034).fract() * 2.0 - 1.0)
             .collect(),
@@ -128,11 +204,13 @@ fn median_seconds(session: &mut Session) -> Result<f64> {
 }
 
 fn measure(options: &Options, device: &Device) -> Result<Timing> {
-    let x_type = TensorType::f32([options.tokens, options.d_in]);
+    let [x_shape, y_shape] = options.shapes();
+    let x_type = TensorType::f32(x_shape);
     let store = ParameterStore::new(device);
-    let x_data = ramp(options.tokens, options.d_in)?;
+    let x_data = ramp(x_shape)?;
 
     let mut graph = Graph::new();
+    graph.set_precision(options.storage.precision());
     let x = graph.input("x", x_type.clone())?;
     let output = layer_output(options, &mut graph, x)?;
     graph.output(output)?;
@@ -141,7 +219,7 @@ fn measure(options: &Options, device: &Device) -> Result<Timing> {
     for spec in graph.parameters().iter().filter(|spec| spec.trainable) {
         let dims = spec.ty.dims();
         let columns = spec.ty.shape.last();
-        let data = ramp(spec.ty.elements() / columns, columns)?
+        let data = ramp([spec.ty.elements() / columns, columns])?
             .to_f32()
             .iter()
             .map(|x| 0.05 * x)
@@ -154,9 +232,10 @@ fn measure(options: &Options, device: &Device) -> Result<Timing> {
     drop(forward);
 
     let mut graph = Graph::new();
+    graph.set_precision(options.storage.precision());
     let x = graph.input("x", x_type)?;
     let output = layer_output(options, &mut graph, x)?;
-    let upstream = graph.input("upstream", TensorType::f32([options.tokens, options.d_out]))?;
+    let upstream = graph.input("upstream", TensorType::f32(y_shape))?;
     let wanted: Vec<Value> = std::iter::once(x).chain(graph.trainable()).collect();
     for gradient in graph.gradients_from(&[(output, upstream)], &wanted)? {
         graph.output(gradient)?;
@@ -164,7 +243,7 @@ fn measure(options: &Options, device: &Device) -> Result<Timing> {
     graph.output(output)?;
     let mut step = graph.compile(&store)?;
     step.set("x", &x_data)?;
-    step.set("upstream", &ramp(options.tokens, options.d_out)?)?;
+    step.set("upstream", &ramp(y_shape)?)?;
     let step_seconds = median_seconds(&mut step)?;
     let before = device.counters();
     step.run()?;
