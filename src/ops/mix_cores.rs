@@ -25,7 +25,7 @@ const MAX_LANES: usize = 16;
 /// top-k) and rank r, both take S r² multiply-adds a token, and more as follows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum CoreMix {
-    /// `Merge` if there are more slots than the rank, else `Apply`: the order that adds less to the S r².
+    /// `Merge` if there are at least half as many slots as the rank, else `Apply`.
     #[default]
     Auto,
     /// The token's matrix `C = sum_e g_e M_e` first, in registers, then `Cᵀ z`: r² more multiply-adds.
@@ -38,7 +38,10 @@ impl CoreMix {
     /// Whether the cores are merged first.
     fn merges(self, slots: usize, rank: usize) -> bool {
         match self {
-            Self::Auto => slots > rank,
+            // By the count of multiply-adds, slots and rank would have to be equal; but merging runs over longer rows. With 8 slots
+            // and rank 16, 4096 tokens: 8.9 against 9.4 ms on Mesa's software GPU, 1.2 against 2.3 ms on the CPU; with 64 slots 63
+            // against 79 ms, 6.6 against 16.7 ms.
+            Self::Auto => 2 * slots >= rank,
             Self::Merge => true,
             Self::Apply => false,
         }

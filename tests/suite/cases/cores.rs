@@ -90,7 +90,7 @@ pub fn cases() -> Vec<Case> {
     }
     // The choice by shape takes both ways.
     cases.push(dense(CoreMix::Auto, [3, 3, 2]));
-    cases.push(dense(CoreMix::Auto, [3, 2, 3]));
+    cases.push(dense(CoreMix::Auto, [3, 2, 7]));
 
     for (rows, columns, spread) in [(1, 1, 1.0), (3, 5, 2.0), (2, 70, 3.0), (7, 2, 8.0)] {
         let name = format!("softmax_{rows}_{columns}_{spread}");
