@@ -81,6 +81,14 @@ pub fn cases() -> Vec<Case> {
             [300, 2, 3],
             [9, 19, 66],
             [2, 2, 130],
+            // Enough tokens for four an invocation, and some left over.
+            [1023, 9, 3],
+            [266, 3, 16],
+            [257, 18, 33],
+            [70, 2, 130],
+            // The same for adapters that are not software.
+            [33_000, 2, 3],
+            [8203, 2, 16],
         ] {
             cases.push(both_ways(dense(mix, sizes), [sizes[0], sizes[2]]));
         }
