@@ -140,12 +140,62 @@ fn a_lost_device_is_an_error(backend: &str) -> Result<(), Failed> {
     Ok(())
 }
 
+/// An encoded run has the noise that was set, or that of a host's own seed and step.
+fn noise_in_an_encoder(backend: &str) -> Result<(), Failed> {
+    let (raw, queue) = host_device(backend).ok_or("the adapter is gone")?;
+    let device = Device::from_wgpu(&raw, &queue, false)?;
+    let mut graph = Graph::new();
+    let x = graph.input("x", TensorType::f32([64]))?;
+    let y = graph.dropout(x, 0.5)?;
+    let random = graph.named("rankmix.random")?;
+    graph.output(y)?;
+    let mut session = graph.compile(&ParameterStore::new(&device))?;
+    session.write(x, &Tensor::f32([64], vec![1.0; 64])?)?;
+    session.set_random(4, 9)?;
+    let want = session.run_reading(&[y])?;
+    let first = session.run_reading(&[y])?;
+    if want == first {
+        return Err("two steps have one mask".into());
+    }
+    let encoded = |session: &mut Session| -> Result<Vec<Tensor>> {
+        let mut encoder = raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        session.encode(&mut encoder)?;
+        queue.submit([encoder.finish()]);
+        Ok(vec![session.read(y)?])
+    };
+    if encoded(&mut session)? != first {
+        return Err("without a new step, the encoded run has not the noise of the last one".into());
+    }
+    session.set_random(4, 9)?;
+    if encoded(&mut session)? != want {
+        return Err("the encoded run has not the noise that was set".into());
+    }
+    session.set_random(5, 0)?;
+    let words = buffer(
+        &raw,
+        2,
+        wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST,
+    );
+    queue.write_buffer(&words, 0, &[4, 0, 0, 0, 9, 0, 0, 0]);
+    session.bind(random, &words)?;
+    for _ in 0..2 {
+        if session.run_reading(&[y])? != want {
+            return Err("a run has not the noise of the host's buffer".into());
+        }
+    }
+    Ok(())
+}
+
 pub fn trials() -> Vec<Trial> {
     let mut trials =
         devices::backend_trials("host::buffers_and_encoder", hosts_buffers_and_encoder);
     trials.extend(devices::backend_trials(
         "host::a_lost_device_is_an_error",
         a_lost_device_is_an_error,
+    ));
+    trials.extend(devices::backend_trials(
+        "host::noise_in_an_encoder",
+        noise_in_an_encoder,
     ));
     trials
 }

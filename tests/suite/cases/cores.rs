@@ -81,6 +81,14 @@ pub fn cases() -> Vec<Case> {
             [300, 2, 3],
             [9, 19, 66],
             [2, 2, 130],
+            // Enough tokens for four an invocation, and some left over.
+            [1023, 9, 3],
+            [266, 3, 16],
+            [257, 18, 33],
+            [70, 2, 130],
+            // The same for adapters that are not software.
+            [33_000, 2, 3],
+            [8203, 2, 16],
         ] {
             cases.push(both_ways(dense(mix, sizes), [sizes[0], sizes[2]]));
         }
@@ -90,7 +98,7 @@ pub fn cases() -> Vec<Case> {
     }
     // The choice by shape takes both ways.
     cases.push(dense(CoreMix::Auto, [3, 3, 2]));
-    cases.push(dense(CoreMix::Auto, [3, 2, 3]));
+    cases.push(dense(CoreMix::Auto, [3, 2, 7]));
 
     for (rows, columns, spread) in [(1, 1, 1.0), (3, 5, 2.0), (2, 70, 3.0), (7, 2, 8.0)] {
         let name = format!("softmax_{rows}_{columns}_{spread}");
