@@ -11,6 +11,7 @@ mod layers;
 mod losses;
 mod metrics;
 mod mistakes;
+mod moe_shapes;
 mod parity;
 mod rotation_facts;
 mod shaders;
@@ -28,6 +29,7 @@ fn main() {
         layers::trials(),
         losses::trials(),
         mistakes::trials(),
+        moe_shapes::trials(),
         rotation_facts::trials(),
         shaders::trials(),
         training::trials(),
