@@ -11,6 +11,7 @@ mod layers;
 mod losses;
 mod metrics;
 mod mistakes;
+mod moe_facts;
 mod moe_shapes;
 mod parity;
 mod rotation_facts;
@@ -29,6 +30,7 @@ fn main() {
         layers::trials(),
         losses::trials(),
         mistakes::trials(),
+        moe_facts::trials(),
         moe_shapes::trials(),
         rotation_facts::trials(),
         shaders::trials(),
