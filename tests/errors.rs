@@ -3,8 +3,11 @@
 use rankmix::formats::TensorFile;
 use rankmix::golden::GoldenCase;
 use rankmix::graph::Gradients;
-use rankmix::layers::{AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, Routing};
-use rankmix::ops::Rotation;
+use rankmix::layers::{
+    AdapterOptions, Capacity, FeedForward, GateInput, LatentMoe, Linear, Lora, Moe, MoeLora,
+    RotMole, Routing, SharedExpert,
+};
+use rankmix::ops::{DropPolicy, Rotation};
 use rankmix::train::{AdamW, GradientAccumulation};
 use rankmix::{Device, DeviceOptions, Error, Graph, Init, ParameterStore, Tensor, TensorType};
 
@@ -79,6 +82,106 @@ fn values_of_another_graph_are_refused() {
         .input("x", TensorType::f32([2]))
         .expect("a name of its own");
     assert_error!(one.square(foreign), Error::ForeignValue { .. }, "square");
+}
+
+#[test]
+fn routing_refuses_settings_that_make_no_sense() {
+    let routing = Routing::new(6, 2);
+    let expert = FeedForward::new(8, 5);
+    let latent = |routing, groups| LatentMoe::new("layer", expert, 4, groups, routing);
+    assert_error!(
+        latent(routing, 4),
+        Error::Setting { .. },
+        "groups = 4",
+        "6 experts"
+    );
+    assert_error!(latent(routing, 0), Error::Setting { .. }, "groups = 0");
+    assert_error!(
+        LatentMoe::new("layer", expert, 0, 2, routing),
+        Error::Setting { .. },
+        "latent = 0"
+    );
+    assert_error!(
+        Moe::new("layer", FeedForward::new(8, 0), routing),
+        Error::Setting { .. },
+        "intermediate = 0"
+    );
+    let moe = |routing| Moe::new("layer", expert, routing);
+    for scale in [0.0, -1.0, f32::NAN, f32::INFINITY, 1e-45] {
+        let scaled = Routing { scale, ..routing };
+        assert_error!(moe(scaled), Error::Setting { .. }, "scale", "positive");
+    }
+    for jitter in [-0.1, 1.0, f32::NAN] {
+        let jittered = Routing { jitter, ..routing };
+        assert_error!(moe(jittered), Error::Setting { .. }, "jitter", "below 1");
+    }
+    for factor in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let drop = DropPolicy::Gate;
+        let capacity = Some(Capacity { factor, drop });
+        let limited = Routing {
+            capacity,
+            ..routing
+        };
+        assert_error!(
+            moe(limited),
+            Error::Setting { .. },
+            "capacity factor",
+            "positive"
+        );
+    }
+    let layer = moe(routing).expect("a sound layer");
+    let shared = SharedExpert {
+        intermediate: 0,
+        sigmoid_gate: false,
+    };
+    assert_error!(
+        layer.clone().with_shared(shared),
+        Error::Setting { .. },
+        "shared intermediate = 0"
+    );
+    let mut graph = Graph::new();
+    let x = graph
+        .input("x", TensorType::f32([3, 8]))
+        .expect("a name of its own");
+    let narrow = graph
+        .input("narrow", TensorType::f32([3, 7]))
+        .expect("a name of its own");
+    let routed = layer.forward(&mut graph, x).expect("x fits");
+    assert_error!(
+        routed.update_selection_bias(&mut graph, 0.001),
+        Error::Setting { .. },
+        "selection_bias",
+        "no bias"
+    );
+    assert_error!(
+        layer.forward(&mut graph, narrow),
+        Error::DuplicateName { .. },
+        "layer.router",
+        "[6, 8]",
+        "[6, 7]"
+    );
+    let free = graph.route(routed.logits, 2, true).expect("2 of 6 experts");
+    assert_error!(
+        graph.limit_capacity(free, 6, 0, DropPolicy::Position),
+        Error::Setting { .. },
+        "capacity = 0"
+    );
+    let limited = graph
+        .limit_capacity(free, 6, 1, DropPolicy::Position)
+        .expect("a capacity of 1");
+    assert_error!(
+        graph.limit_capacity(limited, 6, 1, DropPolicy::Position),
+        Error::Shape { .. },
+        "limit_capacity",
+        "offsets",
+        "[7]"
+    );
+    assert_error!(
+        graph.router_metrics(routed.logits, limited.segments, None),
+        Error::Shape { .. },
+        "router_metrics",
+        "[7]"
+    );
 }
 
 #[test]

@@ -13,6 +13,8 @@ mod layers;
 mod losses;
 mod metrics;
 mod mistakes;
+mod moe_facts;
+mod moe_shapes;
 mod noise;
 mod parity;
 mod recomputation;
@@ -37,6 +39,8 @@ fn main() {
         mistakes::trials(),
         recomputation::trials(),
         noise::trials(),
+        moe_facts::trials(),
+        moe_shapes::trials(),
         rotation_facts::trials(),
         shaders::trials(),
         storage::trials(),
