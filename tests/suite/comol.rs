@@ -3,9 +3,13 @@
 use libtest_mimic::{Failed, Trial};
 use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, FileFailurePersistence, TestCaseError, TestRunner};
+use rankmix::device::{Capabilities, Launch, Launches, Shader, Slot};
 use rankmix::layers::{AdapterOptions, CoMol, CoMolOutput, CoreRouting, DecoderWidths, Linear};
-use rankmix::ops::CoreMix;
-use rankmix::{Device, Error, Graph, ParameterStore, Result, Tensor, TensorType, Value};
+use rankmix::ops::{CoreMix, LaunchTypes, Routed};
+use rankmix::{
+    Device, Error, Graph, HostIo, Op, ParameterStore, Real, Result, Tensor, TensorType, Value,
+    host_reference,
+};
 
 use crate::case::{floats, floats_in};
 use crate::devices;
@@ -449,6 +453,102 @@ fn sharing_adds_gradients(device: &Device) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Integers as they are: what an operation computes is not checked against a range, as what the host writes is.
+#[derive(Clone, Copy, Debug)]
+struct Computed;
+
+const COMPUTED: Shader = Shader {
+    name: "test_computed",
+    source: "
+struct Params { count: u32 }
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> given: array<u32>;
+@group(0) @binding(2) var<storage, read_write> result: array<u32>;
+@compute @workgroup_size(1)
+fn forward(@builtin(workgroup_id) workgroup: vec3<u32>) {
+  if (workgroup.x < params.count) { result[workgroup.x] = given[workgroup.x]; }
+}
+",
+};
+
+impl Computed {
+    fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
+        let given = io.ints(0)?;
+        io.ints_out(0)?.copy_from_slice(given);
+        Ok(())
+    }
+}
+
+impl Op for Computed {
+    fn name(&self) -> &'static str {
+        "test_computed"
+    }
+
+    fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
+        Ok(inputs.to_vec())
+    }
+
+    fn launches(&self, io: LaunchTypes<'_>, _: &Capabilities) -> Result<Launches> {
+        let count = io.inputs[0].elements();
+        let launch = Launch::new(COMPUTED, "forward")
+            .read(1, Slot::Input(0))
+            .write(2, Slot::Output(0))
+            .param(count)
+            .grid([count as u32, 1, 1]);
+        Ok(launch.into())
+    }
+
+    host_reference!();
+}
+
+/// A pair whose expert is none has no part in u and dz, and its gate no gradient, as if the gate were 0.
+fn an_expert_past_the_last_is_skipped(device: &Device, mix: CoreMix) -> Result<(), Failed> {
+    let (tokens, experts, top_k, rank) = (19, 5, 2, 6);
+    let run = |past: bool| -> Result<Vec<Tensor>> {
+        let mut graph = Graph::new();
+        let z = graph.input("z", TensorType::f32([tokens, rank]))?;
+        let core = graph.constant(floats(&[experts, rank, rank], 440))?;
+        let mut gates = floats_in(&[tokens, top_k], 441, 0.1, 1.0).to_f32();
+        let mut chosen: Vec<i32> = (0..tokens * top_k).map(|p| (p % experts) as i32).collect();
+        for pair in (0..tokens * top_k).step_by(3) {
+            if past {
+                chosen[pair] = [experts as i32, 1_000_000, -1][pair % 9 / 3];
+            } else {
+                gates[pair] = 0.0;
+            }
+        }
+        let gates = graph.constant(Tensor::f32([tokens, top_k], gates)?)?;
+        let given = graph.input("chosen", TensorType::i32([tokens, top_k]))?;
+        let computed = graph.apply(Computed, &[given])?[0];
+        let segments = graph.segments(computed, experts)?;
+        let u = graph.mix_routed_cores(z, core, Routed { gates, segments }, mix)?;
+        let du = graph.constant(floats(&[tokens, rank], 442))?;
+        let gradients = graph.gradients_from(&[(u, du)], &[z, gates])?;
+        let values = [u, gradients[0], gradients[1]];
+        for value in values {
+            graph.output(value)?;
+        }
+        let mut session = graph.compile(&ParameterStore::new(device))?;
+        session.write(z, &floats(&[tokens, rank], 443))?;
+        session.write(given, &Tensor::i32([tokens, top_k], chosen)?)?;
+        session.run_reading(&values)
+    };
+    let (skipped, zeroed) = (run(true)?, run(false)?);
+    if skipped[..2] != zeroed[..2] {
+        return Err("u or dz has a part of a pair without an expert".into());
+    }
+    for (pair, (&got, &other)) in (skipped[2].to_f32().iter())
+        .zip(&zeroed[2].to_f32())
+        .enumerate()
+    {
+        let want = if pair % 3 == 0 { 0.0 } else { other };
+        if got != want {
+            return Err(format!("the gradient of gate {pair} is {got}, not {want}").into());
+        }
+    }
+    Ok(())
+}
+
 /// What cannot be shared, chosen or balanced is a typed error.
 fn mistakes_are_typed_errors() -> Result<(), Failed> {
     let options = AdapterOptions::new(4, 4.0);
@@ -546,6 +646,12 @@ pub fn trials() -> Vec<Trial> {
         trials.extend(devices::trials(
             &format!("comol::the_order_of_experts_is_nothing_{gate}"),
             move |device| the_order_of_experts_is_nothing(device, top_k),
+        ));
+    }
+    for mix in [CoreMix::Merge, CoreMix::Apply] {
+        trials.extend(devices::trials(
+            &format!("comol::an_expert_past_the_last_is_skipped_{mix:?}"),
+            move |device| an_expert_past_the_last_is_skipped(device, mix),
         ));
     }
     trials.extend(devices::trials(
