@@ -2,6 +2,8 @@
 //!
 //! Times every kernel of a layer's forward and backward pass by the adapter's timestamps, groups them by shader, and fits time ~ axis^a by
 //! least squares on the logarithms of the medians. Where there are no timestamps (the CPU, GL), whole runs are timed.
+//! Fixed costs of a launch pull the exponents of small kernels down; compare within a row, not between rows: with a software driver
+//! the same kernel can run at half its speed when others are compiled beside it.
 //! `cargo bench --bench growth` prints the table, `-- --test` runs every session once; `RANKMIX_DEVICE` picks the device.
 
 use std::collections::BTreeMap;
