@@ -156,12 +156,11 @@ fn exponent(points: &[(usize, f64)]) -> f64 {
 /// What the exponent should be, by counting multiply-adds and bytes.
 fn expected(group: &str, axis: &str) -> &'static str {
     match (axis, group) {
-        ("k", "matmul") => "0",
         // Logits of all experts are computed, read and given gradients, and E gradient matrices are written; the gates read all
         // logits once, and then k. What holds one of these is between the two.
         ("E", "route" | "matmul" | "segment_outer" | "all" | "all_but_matmul")
         | ("k", "route" | "all") => "0 to 1",
-        ("E", _) => "0",
+        ("E", _) | ("k", "matmul") => "0",
         _ => "1",
     }
 }
