@@ -2,6 +2,8 @@
 //!
 //! Times every kernel of a layer's forward and backward pass by the adapter's timestamps, groups them by shader, and fits time ~ axis^a by
 //! least squares on the logarithms of the medians. Where there are no timestamps (the CPU, GL), whole runs are timed.
+//! Fixed costs of a launch pull the exponents of small kernels down; compare within a row, not between rows: with a software driver
+//! the same kernel can run at half its speed when others are compiled beside it.
 //! `cargo bench --bench growth` prints the table, `-- --test` runs every session once; `RANKMIX_DEVICE` picks the device.
 
 use std::collections::BTreeMap;
@@ -154,15 +156,11 @@ fn exponent(points: &[(usize, f64)]) -> f64 {
 /// What the exponent should be, by counting multiply-adds and bytes.
 fn expected(group: &str, axis: &str) -> &'static str {
     match (axis, group) {
-        ("T", _) => "1",
-        // Logits of all experts are computed, read and given gradients.
-        ("E", "route" | "matmul") => "0 to 1",
-        // The products are flat; E gradient matrices are written.
-        ("E", "segment_outer" | "all" | "all_but_matmul") => "0 to 1",
-        ("E", _) => "0",
-        ("k", "matmul") => "0",
-        // The gates read all logits once, and then k.
-        ("k", "route" | "all") => "0 to 1",
+        // Logits of all experts are computed, read and given gradients, and E gradient matrices are written; the gates read all
+        // logits once, and then k. What holds one of these is between the two.
+        ("E", "route" | "matmul" | "segment_outer" | "all" | "all_but_matmul")
+        | ("k", "route" | "all") => "0 to 1",
+        ("E", _) | ("k", "matmul") => "0",
         _ => "1",
     }
 }

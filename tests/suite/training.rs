@@ -5,7 +5,7 @@ use libtest_mimic::{Failed, Trial};
 use rankmix::layers::{AdapterOptions, GateInput, Linear, RotMole, Routing};
 use rankmix::ops::Rotation;
 use rankmix::train::{AdamW, Optimizer};
-use rankmix::{Device, Graph, ParameterStore, Result, Session, Tensor, TensorType, Value};
+use rankmix::{Device, Error, Graph, ParameterStore, Result, Session, Tensor, TensorType, Value};
 
 use crate::case::{floats, ints};
 use crate::devices;
@@ -24,6 +24,11 @@ const D_IN: usize = 20;
 const CLASSES: usize = 12;
 
 fn step_of(device: &Device, rotation: Rotation) -> Result<Step> {
+    step_on(ParameterStore::new(device), rotation)
+}
+
+/// A step whose parameters live in a store that others may use too.
+fn step_on(store: ParameterStore, rotation: Rotation) -> Result<Step> {
     let mut graph = Graph::new();
     let x = graph.input("x", TensorType::f32([TOKENS, D_IN]))?;
     let labels = graph.input("labels", TensorType::i32([TOKENS]))?;
@@ -45,7 +50,6 @@ fn step_of(device: &Device, rotation: Rotation) -> Result<Step> {
         ..AdamW::default()
     }
     .add_to(&mut graph, &gradients)?;
-    let store = ParameterStore::new(device);
     store.initialize(&graph, 3)?;
     let mut session = graph.compile(&store)?;
     session.poison()?;
@@ -241,6 +245,89 @@ fn training_resumes_from_a_file(device: &Device) -> Result<(), Failed> {
     }
 }
 
+/// Two sessions that take turns on one store train as one session does: parameters and moments are the store's, and only the
+/// count of the steps is the optimiser's own.
+fn sessions_take_turns_on_a_store(device: &Device) -> Result<(), Failed> {
+    let mut alone = step_of(device, Rotation::Planes)?;
+    let store = ParameterStore::new(device);
+    let mut turns = [
+        step_on(store.clone(), Rotation::Planes)?,
+        step_on(store, Rotation::Planes)?,
+    ];
+    for step in 0..6 {
+        let turn = &mut turns[step % 2];
+        turn.optimizer.resume_at(step as u64);
+        let (got, want) = (turn.run()?, alone.run()?);
+        if got.to_bits() != want.to_bits() {
+            return Err(format!("step {step}: the loss is {got}, alone it is {want}").into());
+        }
+    }
+    if turns[0].state()? != alone.state()? {
+        return Err("the parameters differ".into());
+    }
+    let [first, second] = &mut turns;
+    let foreign = first.optimizer.prepare(&mut second.session, 1e-2);
+    if !matches!(foreign, Err(Error::ForeignValue { .. })) || first.optimizer.steps() != 5 {
+        return Err(format!("{foreign:?}, and {} steps", first.optimizer.steps()).into());
+    }
+    Ok(())
+}
+
+/// A session of the forward pass alone sees every step of the training at once.
+fn evaluation_sees_the_training(device: &Device) -> Result<(), Failed> {
+    let mut step = step_of(device, Rotation::Planes)?;
+    let mut graph = Graph::new();
+    let x = graph.input("x", TensorType::f32([TOKENS, D_IN]))?;
+    let labels = graph.input("labels", TensorType::i32([TOKENS]))?;
+    let layer = RotMole::new(
+        Linear::new("layer", D_IN, CLASSES),
+        AdapterOptions::new(6, 12.0),
+        RouterOptions::new(5, 2),
+    )?;
+    let routed = layer.forward(&mut graph, x)?;
+    let loss = graph.cross_entropy(routed.output, labels)?;
+    graph.output(loss)?;
+    let mut evaluation = graph.compile(&step.store)?;
+    evaluation.write(x, &floats(&[TOKENS, D_IN], 60))?;
+    evaluation.write(labels, &ints(&[TOKENS], 61, CLASSES as u32))?;
+    let mut before = f64::NAN;
+    for _ in 0..4 {
+        let seen = evaluation.run_reading(&[loss])?[0].item();
+        // A step reports the loss from before its update.
+        let trained = step.run()?;
+        if seen.map(f64::to_bits) != Some(trained.to_bits()) || trained == before {
+            return Err(
+                format!("evaluation saw {seen:?}, the step {trained} after {before}").into(),
+            );
+        }
+        before = trained;
+    }
+    Ok(())
+}
+
+/// After [`Optimizer::reset`] and with the parameters put back, a training is what it was the first time.
+fn a_reset_optimizer_starts_again(device: &Device) -> Result<(), Failed> {
+    let mut step = step_of(device, Rotation::Planes)?;
+    let start = step.state()?;
+    let first = (0..3).map(|_| step.run()).collect::<Result<Vec<_>>>()?;
+    let end = step.state()?;
+    for (name, tensor) in step.parameters.iter().zip(&start) {
+        if !name.starts_with("adamw.") {
+            step.store.insert(name, tensor)?;
+        }
+    }
+    step.optimizer.reset(&step.store)?;
+    if step.state()? != start || step.optimizer.steps() != 0 {
+        return Err("the moments or the step are not zero".into());
+    }
+    let second = (0..3).map(|_| step.run()).collect::<Result<Vec<_>>>()?;
+    if first == second && step.state()? == end {
+        Ok(())
+    } else {
+        Err(format!("the losses are {second:?}, they were {first:?}").into())
+    }
+}
+
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     for rotation in Rotation::ALL {
@@ -252,6 +339,18 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(devices::trials(
         "training::adamw_and_clipping",
         adamw_is_pytorchs,
+    ));
+    trials.extend(devices::trials(
+        "training::sessions_take_turns_on_a_store",
+        sessions_take_turns_on_a_store,
+    ));
+    trials.extend(devices::trials(
+        "training::evaluation_sees_the_training",
+        evaluation_sees_the_training,
+    ));
+    trials.extend(devices::trials(
+        "training::a_reset_optimizer_starts_again",
+        a_reset_optimizer_starts_again,
     ));
     trials.extend(devices::trials(
         "training::resumes_from_a_file",
