@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use rankmix::layers::{AdapterOptions, Linear, MoeLora, RotMole, RouterOptions};
+use rankmix::layers::{AdapterOptions, Linear, MoeLora, RotMole, Routing};
 use rankmix::{Device, Graph, ParameterStore, Result, Session, Tensor, TensorType};
 
 const WIDTH: usize = 256;
@@ -78,7 +78,7 @@ impl Layer {
         let upstream = graph.input("upstream", ty)?;
         let base = Linear::new("layer", WIDTH, WIDTH);
         let options = AdapterOptions::new(RANK, 32.0);
-        let router = RouterOptions::new(sizes.experts, sizes.top_k);
+        let router = Routing::new(sizes.experts, sizes.top_k);
         let output = match self {
             Self::MoeLora => MoeLora::new(base, options, router)?.forward(&mut graph, x)?,
             Self::RotMole => RotMole::new(base, options, router)?.forward(&mut graph, x)?,

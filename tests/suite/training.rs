@@ -282,7 +282,7 @@ fn evaluation_sees_the_training(device: &Device) -> Result<(), Failed> {
     let layer = RotMole::new(
         Linear::new("layer", D_IN, CLASSES),
         AdapterOptions::new(6, 12.0),
-        RouterOptions::new(5, 2),
+        Routing::new(5, 2),
     )?;
     let routed = layer.forward(&mut graph, x)?;
     let loss = graph.cross_entropy(routed.output, labels)?;
