@@ -11,9 +11,9 @@ use crate::device::{
 };
 use crate::error::{Error, Result};
 use crate::graph::Storage;
+use crate::graph::compiled::Compiled;
 use crate::graph::halves::conversion;
 use crate::graph::plan::{Place, Plan};
-use crate::graph::session::Compiled;
 use crate::ops::shader;
 use crate::tensor::{DType, Tensor, TensorData, TensorType};
 

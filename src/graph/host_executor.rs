@@ -10,8 +10,8 @@ use half::vec::HalfFloatVecExt;
 use crate::device::HostFloat;
 use crate::error::{Error, Result};
 use crate::graph::Storage;
+use crate::graph::compiled::Compiled;
 use crate::graph::plan::{Place, Plan};
-use crate::graph::session::Compiled;
 use crate::ops::{HostBuffer, HostIo, Real};
 use crate::tensor::{DType, Tensor, TensorData, TensorType};
 

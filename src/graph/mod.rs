@@ -1,6 +1,7 @@
 //! The static graph: an append-only list of operations, built once, differentiated once, compiled for a device, run many times.
 
 mod backward;
+mod compiled;
 mod gpu_executor;
 mod halves;
 mod host_executor;
