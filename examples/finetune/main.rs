@@ -75,6 +75,11 @@ fn mixture_elements(rank: usize, experts: usize) -> usize {
     experts * (rank * 2 * WIDTH + WIDTH)
 }
 
+/// The same of CoMoL with core routing.
+fn comol_elements(rank: usize, experts: usize) -> usize {
+    rank * 2 * WIDTH + experts * rank * (rank + 1)
+}
+
 /// The adapters to compare: all with as many trainable parameters as RotMoLE, and MoE-LoRA once more with its rank and experts.
 fn adapters(options: &Options) -> Result<Vec<Adapter>, rankmix::Error> {
     let (rank, experts) = (options.rank, options.experts);
@@ -109,6 +114,10 @@ fn adapters(options: &Options) -> Result<Vec<Adapter>, rankmix::Error> {
         router,
         rotation: options.rotation,
         gate_input,
+    });
+    adapters.push(Adapter::CoMol {
+        rank: nearest(&|r| comol_elements(r, experts)),
+        experts,
     });
     Ok(adapters)
 }

@@ -1,7 +1,7 @@
 //! The language model: embedding of the last bytes, two linear layers that can be adapted, RMS norm, a softmax over bytes.
 
 use rankmix::layers::{
-    AdapterOptions, GateInput, Linear, Lora, MoeLora, RotMole, RoutedOutput, Routing,
+    AdapterOptions, CoMol, GateInput, Linear, Lora, MoeLora, RotMole, RoutedOutput, Routing,
 };
 use rankmix::ops::Rotation;
 use rankmix::{Graph, Init, Result, TensorType, Value};
@@ -33,6 +33,11 @@ pub enum Adapter {
         rotation: Rotation,
         gate_input: GateInput,
     },
+    /// Core routing over all experts.
+    CoMol {
+        rank: usize,
+        experts: usize,
+    },
 }
 
 impl Adapter {
@@ -42,15 +47,17 @@ impl Adapter {
             Self::Lora { .. } => "LoRA".to_owned(),
             Self::MoeLora { .. } => "MoE-LoRA".to_owned(),
             Self::RotMole { rotation, .. } => format!("RotMoLE {rotation}"),
+            Self::CoMol { .. } => "CoMoL".to_owned(),
         }
     }
 
     pub fn rank(&self) -> Option<usize> {
         match *self {
             Self::None => None,
-            Self::Lora { rank } | Self::MoeLora { rank, .. } | Self::RotMole { rank, .. } => {
-                Some(rank)
-            }
+            Self::Lora { rank }
+            | Self::MoeLora { rank, .. }
+            | Self::RotMole { rank, .. }
+            | Self::CoMol { rank, .. } => Some(rank),
         }
     }
 
@@ -58,6 +65,7 @@ impl Adapter {
         match self {
             Self::None | Self::Lora { .. } => None,
             Self::MoeLora { router, .. } | Self::RotMole { router, .. } => Some(router.experts),
+            Self::CoMol { experts, .. } => Some(*experts),
         }
     }
 
@@ -84,6 +92,11 @@ impl Adapter {
                 gate_input,
             } => RotMole::with_rotation(base, options(rank), router, rotation, gate_input)?
                 .forward(graph, x)?,
+            Self::CoMol { rank, experts } => {
+                let layer = CoMol::new(base, options(rank), experts)?;
+                // Every token takes every expert: there is no load to balance.
+                return Ok((layer.forward(graph, x)?.output, None));
+            }
         };
         Ok((routed.output, Some(routed)))
     }
