@@ -47,7 +47,7 @@ impl Graph {
     /// the result `[tokens, out]`. Nothing is added for pairs of no expert. It takes over the memory of `base` where `base` is not used again.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) if the shapes do not fit.
+    /// [`Error::Shape`] if the shapes do not fit.
     pub fn expand(
         &mut self,
         z: Value,
@@ -81,7 +81,7 @@ impl Graph {
     /// `[tokens, slots]`.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) if the shapes do not fit.
+    /// [`Error::Shape`] if the shapes do not fit.
     pub fn expand_ungated(
         &mut self,
         z: Value,
