@@ -3,7 +3,9 @@
 mod support;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use rankmix::ops::{AdamWConstants, CoreMix, Layout, Rotation, Routed};
+use rankmix::ops::{
+    Activation, AdamWConstants, CoreMix, DropPolicy, Layout, Projection, Rotation, Routed,
+};
 use rankmix::{Graph, Init, Result, TensorType, Value};
 
 type Build = Box<dyn Fn(&mut Graph, &[Value]) -> Result<Vec<Value>>>;
@@ -226,6 +228,108 @@ fn benches() -> Vec<Bench> {
                 outputs.push(y);
                 Ok(outputs)
             }),
+        },
+        Bench {
+            op: "gated_experts",
+            size: "1024pairs_8experts_512to256_forward_backward_flop",
+            inputs: vec![
+                f(&[T, 512]),
+                f(&[8, 256, 512]),
+                f(&[8, 256, 512]),
+                i(&[T, 2]),
+                f(&[2 * T, 256]),
+            ],
+            limit: 8,
+            work: flop(3 * 2 * 2 * 2 * T * 512 * 256),
+            build: Box::new(|g, v| {
+                let segments = g.segments(v[3], 8)?;
+                let of = |weight| Projection { x: v[0], weight };
+                let h =
+                    g.gated_experts(Activation::Silu, of(v[1]), Some(of(v[2])), segments, None)?;
+                let mut outputs = g.gradients_from(&[(h, v[4])], &v[..3])?;
+                outputs.push(h);
+                Ok(outputs)
+            }),
+        },
+        Bench {
+            op: "expand_wide",
+            size: "1024pairs_8experts_256to512_flop",
+            inputs: vec![f(&[2 * T, 256]), f(&[8, 512, 256]), f(&[T, 2]), i(&[T, 2])],
+            limit: 8,
+            work: flop(2 * 2 * T * 512 * 256),
+            build: forward(|g, v| {
+                let routed = Routed {
+                    gates: v[2],
+                    segments: g.segments(v[3], 8)?,
+                };
+                g.expand(v[0], v[1], Layout::OutIn, routed, 1.0, None)
+            }),
+        },
+        Bench {
+            op: "combine",
+            size: "32768pairs_16groups_of_64experts_64_forward_backward",
+            inputs: vec![
+                f(&[4096 * 8, 64]),
+                f(&[4096, 8]),
+                i(&[4096, 8]),
+                f(&[4096 * 8, 64]),
+            ],
+            limit: 64,
+            work: elements(4096 * 8 * 64),
+            build: Box::new(|g, v| {
+                let segments = g.segments(v[2], 64)?;
+                let active = g.active_groups(segments, 64, 16)?;
+                let y = g.combine(v[0], v[1], &active)?;
+                let mut outputs = g.gradients_from(&[(y, v[3])], &v[..2])?;
+                outputs.extend([y, active.segments.order()]);
+                Ok(outputs)
+            }),
+        },
+        Bench {
+            op: "limit_capacity",
+            size: "32768pairs_64experts_by_gate",
+            inputs: vec![f(&[4096, 8]), i(&[4096, 8])],
+            limit: 64,
+            work: elements(4096 * 8),
+            build: forward(|g, v| {
+                let routed = Routed {
+                    gates: v[0],
+                    segments: g.segments(v[1], 64)?,
+                };
+                Ok(g.limit_capacity(routed, 64, 512, DropPolicy::Gate)?.gates)
+            }),
+        },
+        Bench {
+            op: "router_metrics",
+            size: "4096x64_top8",
+            inputs: vec![f(&[4096, 64]), i(&[4096, 8])],
+            limit: 64,
+            work: elements(4096 * 64),
+            build: Box::new(|g, v| {
+                let segments = g.segments(v[1], 64)?;
+                let metrics = g.router_metrics(v[0], segments, None)?;
+                Ok(vec![metrics.counts, metrics.entropy])
+            }),
+        },
+        Bench {
+            op: "selection_bias",
+            size: "32768pairs_64experts",
+            inputs: vec![i(&[4096, 8])],
+            limit: 64,
+            work: elements(4096 * 8),
+            build: forward(|g, v| {
+                let segments = g.segments(v[0], 64)?;
+                let bias = g.parameter("bias", [64], Init::Zeros, false)?;
+                g.update_selection_bias(bias, segments, 0.001)
+            }),
+        },
+        Bench {
+            op: "activate",
+            size: "1048576_gelu_gated_forward_backward",
+            inputs: vec![f(&[1 << 20]), f(&[1 << 20]), f(&[1 << 20])],
+            limit: 1,
+            work: elements(1 << 20),
+            build: with_gradient(|g, v| g.activate(Activation::Gelu, v[0], Some(v[1]))),
         },
         Bench {
             op: "accumulate",

@@ -39,6 +39,17 @@ impl Graph {
     }
 }
 
+/// What a sum over slots reads and writes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CombineOperands {
+    pub(crate) u: Slot,
+    pub(crate) gates: Option<Slot>,
+    pub(crate) rows: Option<Slot>,
+    /// A buffer of integers that is there in any case: bound, but not read, where there are no rows.
+    pub(crate) unread: Slot,
+    pub(crate) y: Slot,
+}
+
 /// Sizes of a sum over slots.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CombineSizes {
@@ -84,21 +95,23 @@ impl CombineSizes {
     /// expand.
     pub(crate) fn launch(
         &self,
-        u: Slot,
-        gates: Option<Slot>,
-        rows: Option<Slot>,
-        // A buffer of integers that is there in any case: bound, but not read, in place of the rows.
-        unread: Slot,
-        y: Slot,
+        operands: CombineOperands,
         (scale, accumulate): (f32, bool),
         capabilities: &Capabilities,
     ) -> Result<Launch> {
+        let CombineOperands {
+            u,
+            gates,
+            rows,
+            unread,
+            y,
+        } = operands;
         let launch = Launch::new(shader!("combine", "reduce"), "forward")
             .constant("GATED", gates.is_some())
             .constant("MAPPED", rows.is_some())
             .constant("ACCUMULATE", accumulate)
             .read(1, u)
-            .read(2, gates.unwrap_or(unread))
+            .read(2, gates.unwrap_or(u))
             .read(3, rows.unwrap_or(unread))
             .write(4, y);
         self.params(launch, scale)
@@ -163,17 +176,14 @@ impl Op for Combine {
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let sizes = CombineSizes::read(self.name(), self.rows_per_token, io.inputs)?;
-        let (gates, rows) = (Slot::Input(1), Slot::Input(2));
-        let y = Slot::Output(0);
-        let launch = sizes.launch(
-            Slot::Input(0),
-            Some(gates),
-            Some(rows),
-            rows,
-            y,
-            (1.0, false),
-            capabilities,
-        )?;
+        let operands = CombineOperands {
+            u: Slot::Input(0),
+            gates: Some(Slot::Input(1)),
+            rows: Some(Slot::Input(2)),
+            unread: Slot::Input(2),
+            y: Slot::Output(0),
+        };
+        let launch = sizes.launch(operands, (1.0, false), capabilities)?;
         Ok(launch.into())
     }
 

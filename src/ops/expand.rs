@@ -10,7 +10,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
-use crate::ops::combine::CombineSizes;
+use crate::ops::combine::{CombineOperands, CombineSizes};
 use crate::ops::gate_gradient::GateGradient;
 use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::{RowOf, expect_segments, gather, host_segments, products, weight_sizes};
@@ -47,7 +47,7 @@ impl Graph {
     /// the result `[tokens, out]`. Nothing is added for pairs of no expert. It takes over the memory of `base` where `base` is not used again.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) if the shapes do not fit.
+    /// [`Error::Shape`] if the shapes do not fit.
     pub fn expand(
         &mut self,
         z: Value,
@@ -81,7 +81,7 @@ impl Graph {
     /// `[tokens, slots]`.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) if the shapes do not fit.
+    /// [`Error::Shape`] if the shapes do not fit.
     pub fn expand_ungated(
         &mut self,
         z: Value,
@@ -407,15 +407,17 @@ impl Expand {
             slots,
             width: out,
         };
-        launches.launches.push(sum.launch(
-            products,
-            self.gated.then_some(Slot::Input(5)),
-            self.map().map(Slot::Input),
-            order,
-            Slot::Output(0),
-            (self.scale, self.accumulate),
-            capabilities,
-        )?);
+        let operands = CombineOperands {
+            u: products,
+            gates: self.gated.then_some(Slot::Input(5)),
+            rows: self.map().map(Slot::Input),
+            unread: order,
+            y: Slot::Output(0),
+        };
+        let settings = (self.scale, self.accumulate);
+        launches
+            .launches
+            .push(sum.launch(operands, settings, capabilities)?);
         Ok(launches)
     }
 }

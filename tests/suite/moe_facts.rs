@@ -8,7 +8,7 @@ use rankmix::layers::{
     SharedExpert,
 };
 use rankmix::ops::{BalanceForm, DropPolicy, Route, Score};
-use rankmix::{Device, Graph, ParameterStore, Result, Tensor, TensorType, Value};
+use rankmix::{Device, Graph, Init, ParameterStore, Result, Tensor, TensorType, Value};
 
 use crate::case::{floats, floats_in};
 use crate::devices;
@@ -354,12 +354,12 @@ fn drops_are_counted(device: &Device) -> Result<(), Failed> {
                 "the capacity is not 7",
             )?;
             let (mut kept, mut dropped) = (vec![false; TOKENS], vec![0; experts]);
-            for expert in 0..experts {
+            for (expert, dropped) in dropped.iter_mut().enumerate() {
                 let mut pairs: Vec<usize> = (0..TOKENS)
                     .filter(|&pair| ints(4)[pair] == expert as i32)
                     .collect();
                 expect(ints(6)[expert] == pairs.len() as i32, "a count is wrong")?;
-                dropped[expert] = pairs.len().saturating_sub(limit) as i32;
+                *dropped = pairs.len().saturating_sub(limit) as i32;
                 if drop == DropPolicy::Gate {
                     pairs.sort_by(|&a, &b| gates[b].total_cmp(&gates[a]));
                 }
@@ -489,6 +489,33 @@ fn the_selection_bias_follows_the_counts(device: &Device) -> Result<(), Failed> 
             )?;
         }
         expect(bias.iter().any(|&b| b != 0.0), "the bias never moved")?;
+    }
+    Ok(())
+}
+
+/// Counts around a mean that is no whole number, and on one that is.
+fn the_selection_bias_is_exact_around_the_mean(device: &Device) -> Result<(), Failed> {
+    for (chosen, signs) in [
+        (vec![0, 1, 1, 2, 2, 3, 3], [1.0, -1.0, -1.0, -1.0]),
+        (vec![0, 0, 0, 1, 2], [-1.0, 1.0, 1.0, 1.0]),
+        (vec![3, 1, 1, 0, 0, 0, 2, 2], [-1.0, 0.0, 0.0, 1.0]),
+    ] {
+        let mut graph = Graph::new();
+        let pairs = graph.input("pairs", TensorType::i32([chosen.len()]))?;
+        let segments = graph.segments(pairs, 4)?;
+        let bias = graph.parameter("bias", [4], Init::Ones, false)?;
+        graph.update_selection_bias(bias, segments, 0.5)?;
+        let store = ParameterStore::new(device);
+        store.initialize(&graph, 0)?;
+        let mut session = graph.compile(&store)?;
+        session.write(pairs, &Tensor::i32([chosen.len()], chosen.clone())?)?;
+        session.run()?;
+        let found = store.read("bias")?.to_f32();
+        let want = signs.map(|sign: f32| 1.0 + 0.5 * sign);
+        expect(
+            found == want,
+            format!("{chosen:?}: {found:?}, not {want:?}"),
+        )?;
     }
     Ok(())
 }
@@ -625,7 +652,7 @@ fn published_reductions_are_reproduced() -> Result<(), Failed> {
 
 pub fn trials() -> Vec<Trial> {
     type Check = fn(&Device) -> Result<(), Failed>;
-    let checks: [(&str, Check); 7] = [
+    let checks: [(&str, Check); 8] = [
         (
             "latent_at_full_rank_is_its_moe",
             latent_at_full_rank_is_its_moe,
@@ -640,6 +667,10 @@ pub fn trials() -> Vec<Trial> {
         (
             "the_selection_bias_follows_the_counts",
             the_selection_bias_follows_the_counts,
+        ),
+        (
+            "the_selection_bias_is_exact_around_the_mean",
+            the_selection_bias_is_exact_around_the_mean,
         ),
         (
             "the_forms_of_the_balance_loss_agree",

@@ -383,8 +383,8 @@ fn packed_works_without_f16(backend: &str) -> Result<(), Failed> {
 
 /// Cases whose results do not hang on a choice that rounding may turn.
 fn is_continuous(case: &Case) -> bool {
-    // `[]`: a gradient that is a sum of a few rounded numbers that cancel.
-    let left_out = ["route", "sort", "balance", "[]"];
+    // `[]`: a gradient that is a sum of a few rounded numbers that cancel; `nearly_1`: a slope of which rounding x leaves little.
+    let left_out = ["route", "sort", "balance", "[]", "nearly_1"];
     case.differentiable && !left_out.iter().any(|name| case.name.contains(name))
 }
 

@@ -28,7 +28,7 @@ fn activations(cases: &mut Vec<Case>) {
     ));
     let far = floats_in(&[133], 202, -1e4, 1e4);
     cases.push(
-        Case::new("sigmoid_extreme", vec![far.clone()], |g, v| {
+        Case::new("sigmoid_extreme", vec![far], |g, v| {
             let y = g.sigmoid(v[0])?;
             let dx = g.gradients_from(&[(y, v[0])], &[v[0]])?;
             Ok(vec![y, dx[0]])
