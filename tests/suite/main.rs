@@ -15,6 +15,7 @@ mod moe_facts;
 mod moe_shapes;
 mod parity;
 mod rotation_facts;
+mod routing_facts;
 mod shaders;
 mod training;
 
@@ -33,6 +34,7 @@ fn main() {
         moe_facts::trials(),
         moe_shapes::trials(),
         rotation_facts::trials(),
+        routing_facts::trials(),
         shaders::trials(),
         training::trials(),
     ]
