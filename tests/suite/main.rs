@@ -19,6 +19,7 @@ mod noise;
 mod parity;
 mod recomputation;
 mod rotation_facts;
+mod routing_facts;
 mod shaders;
 mod storage;
 mod training;
@@ -42,6 +43,7 @@ fn main() {
         moe_facts::trials(),
         moe_shapes::trials(),
         rotation_facts::trials(),
+        routing_facts::trials(),
         shaders::trials(),
         storage::trials(),
         training::trials(),
