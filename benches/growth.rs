@@ -11,11 +11,13 @@ use std::time::Instant;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use rankmix::layers::{AdapterOptions, Linear, MoeLora, RotMole, Routing};
+use rankmix::layers::{AdapterOptions, FeedForward, Linear, Moe, MoeLora, RotMole, Routing};
 use rankmix::{Device, Graph, ParameterStore, Result, Session, Tensor, TensorType};
 
 const WIDTH: usize = 256;
 const RANK: usize = 16;
+/// Width inside a feed-forward expert.
+const INTERMEDIATE: usize = 64;
 const SAMPLES: usize = 15;
 
 /// A point of an axis: tokens, experts, experts a token takes.
@@ -60,6 +62,7 @@ const AXES: [Axis; 3] = [
 enum Layer {
     MoeLora,
     RotMole,
+    Moe,
 }
 
 impl Layer {
@@ -67,6 +70,7 @@ impl Layer {
         match self {
             Self::MoeLora => "moe_lora",
             Self::RotMole => "rotmole",
+            Self::Moe => "moe",
         }
     }
 
@@ -82,6 +86,10 @@ impl Layer {
         let output = match self {
             Self::MoeLora => MoeLora::new(base, options, router)?.forward(&mut graph, x)?,
             Self::RotMole => RotMole::new(base, options, router)?.forward(&mut graph, x)?,
+            Self::Moe => {
+                let expert = FeedForward::new(WIDTH, INTERMEDIATE);
+                Moe::new("layer", expert, router)?.forward(&mut graph, x)?
+            }
         }
         .output;
         let wanted: Vec<_> = [x].into_iter().chain(graph.trainable()).collect();
@@ -223,7 +231,7 @@ fn main() -> Result<()> {
         "{:<26} {:<4} {:>8}   {:<8}   points (median microseconds)",
         "what", "axis", "exponent", "expected"
     );
-    for layer in [Layer::MoeLora, Layer::RotMole] {
+    for layer in [Layer::MoeLora, Layer::RotMole, Layer::Moe] {
         for axis in &AXES {
             run(&device, layer, axis, if test { 1 } else { SAMPLES })?;
         }

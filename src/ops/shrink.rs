@@ -208,8 +208,15 @@ impl Shrink {
             input,
         } = sizes;
         let segments = experts + usize::from(self.none);
-        let lanes_out = out.div_ceil(TILE).next_power_of_two().min(8);
-        let lanes_pairs = (WORKGROUP / lanes_out).min(pairs.div_ceil(TILE).next_power_of_two());
+        // No more pairs a tile than a segment has on average: with 64 experts of 16 pairs, tiles of 64 would be three quarters empty.
+        let mean_pairs = pairs.div_ceil(segments);
+        let lanes_pairs = mean_pairs.div_ceil(TILE).next_power_of_two();
+        let lanes_pairs = lanes_pairs.min(WORKGROUP / 8);
+        let lanes_out = out.div_ceil(TILE).next_power_of_two();
+        let lanes_out = lanes_out.min(WORKGROUP / lanes_pairs);
+        // Lanes that out does not need take more pairs.
+        let lanes_pairs =
+            (WORKGROUP / lanes_out).min(mean_pairs.div_ceil(TILE).next_power_of_two());
         // Every segment's last tile may be partly empty: at most one more tile an expert.
         let tiles = pairs.div_ceil(lanes_pairs * TILE) + segments.min(pairs);
         let out_groups = out.div_ceil(lanes_out * TILE);
