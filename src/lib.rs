@@ -1,7 +1,7 @@
 //! Trainable mixtures of low-rank experts on any GPU.
 //!
-//! rankmix is a set of hand-written WGSL kernels for LoRA, MoE-LoRA and RotMoLE, and the smallest runtime that can train with them:
-//! tensors, a static graph with hand-coded gradients, an executor on wgpu (Vulkan, Metal, DX12, GL, browsers), and one on the
+//! rankmix is a set of hand-written WGSL kernels for mixtures of low-rank experts (LoRA, MoE-LoRA, RotMoLE, CoMoL, MoE and latent MoE),
+//! and the smallest runtime that can train with them: tensors, a static graph with hand-coded gradients, an executor on wgpu (Vulkan, Metal, DX12, GL, browsers), and one on the
 //! CPU for machines without a GPU. It shares the wgpu device of an application that has one.
 //!
 //! ```

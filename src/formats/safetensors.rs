@@ -10,7 +10,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::error::{Error, Result};
-use crate::graph::ParameterStore;
+use crate::graph::{MASTER, ParameterStore, Storage};
 use crate::tensor::{Tensor, TensorData};
 
 /// A whole file's contents.
@@ -210,7 +210,12 @@ impl ParameterStore {
             }
         }
         for (name, tensor) in &file.tensors {
-            self.insert(name, tensor)?;
+            // A master copy has digits that its parameter in 16 bits has lost.
+            if file.tensors.contains_key(&format!("{MASTER}{name}")) {
+                self.put(name, tensor, Storage::F32)?;
+            } else {
+                self.insert(name, tensor)?;
+            }
         }
         Ok(file.metadata)
     }

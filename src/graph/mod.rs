@@ -20,6 +20,7 @@ pub use backward::{Backward, Gradients};
 pub use plan::MemoryReport;
 pub use precision::{Precision, Storage};
 pub use session::{Session, SessionOptions};
+pub(crate) use store::MASTER;
 pub use store::ParameterStore;
 
 use crate::error::{Error, Result};

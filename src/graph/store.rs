@@ -17,6 +17,9 @@ use crate::graph::{Graph, Init, ParameterSpec, Storage};
 use crate::ops::HostBuffer;
 use crate::tensor::{DType, Tensor, TensorData, TensorType};
 
+/// In front of a parameter's name: its copy in f32, which an optimiser changes where the parameter itself is stored in 16 bits.
+pub(crate) const MASTER: &str = "adamw.master.";
+
 /// Where a parameter's elements are.
 #[derive(Clone, Debug)]
 pub(crate) enum Memory {
@@ -61,6 +64,18 @@ impl ParameterStore {
     /// [`Error::UnknownName`] if a parameter with [`Init::Provided`] is missing, [`Error::TypeMismatch`] if one is there with
     /// another shape, [`Error::OutOfMemory`] or [`Error::Limit`] if the device cannot hold one.
     pub fn initialize(&self, graph: &Graph, seed: u64) -> Result<()> {
+        pollster::block_on(self.initialize_with(graph, seed, true))
+    }
+
+    /// [`ParameterStore::initialize`] for an async caller: master copies of parameters that are there already are read from the device.
+    ///
+    /// # Errors
+    /// As [`ParameterStore::initialize`].
+    pub async fn initialize_async(&self, graph: &Graph, seed: u64) -> Result<()> {
+        self.initialize_with(graph, seed, false).await
+    }
+
+    async fn initialize_with(&self, graph: &Graph, seed: u64, poll: bool) -> Result<()> {
         for spec in graph.parameters() {
             match self.ty(&spec.name) {
                 Some(found) if found == spec.ty => {}
@@ -73,10 +88,10 @@ impl ParameterStore {
                 }
                 None => {
                     let tensor = match &spec.init {
-                        Init::Copy { of } => self.read(of)?,
+                        Init::Copy { of } => self.read_with(of, poll).await?,
                         _ => start(spec, seed)?,
                     };
-                    self.insert_as(&spec.name, &tensor, spec.storage)?;
+                    self.put(&spec.name, &tensor, spec.storage)?;
                 }
             }
         }
@@ -84,7 +99,7 @@ impl ParameterStore {
     }
 
     /// Puts a parameter into the store, in 32 bits; one of that name is overwritten in place, in the storage that it has, so that
-    /// sessions see it.
+    /// sessions see it. Its master copy, where an optimiser has one, is overwritten too.
     ///
     /// # Errors
     /// [`Error::TypeMismatch`] if one of that name has another shape; [`Error::OutOfMemory`] or [`Error::Limit`] if the device
@@ -98,6 +113,16 @@ impl ParameterStore {
     /// # Errors
     /// As [`ParameterStore::insert`].
     pub fn insert_as(&self, name: &str, tensor: &Tensor, storage: Storage) -> Result<()> {
+        self.put(name, tensor, storage)?;
+        let master = format!("{MASTER}{name}");
+        if self.storage(&master).is_some() {
+            self.put(&master, tensor, Storage::F32)?;
+        }
+        Ok(())
+    }
+
+    /// [`ParameterStore::insert_as`] for this parameter alone.
+    pub(crate) fn put(&self, name: &str, tensor: &Tensor, storage: Storage) -> Result<()> {
         if tensor.dtype() == DType::I32 {
             return Err(Error::setting("parameter", name, "parameters are floats"));
         }
@@ -120,9 +145,10 @@ impl ParameterStore {
     }
 
     /// Brings every parameter of the graph that the store has into the storage that the graph's precision says. Sessions
-    /// compiled before go on with the memory they have.
+    /// compiled before go on with the memory they have. Master copies stay as they are.
     ///
     /// # Errors
+    /// [`Error::TypeMismatch`] if the store has one in another shape,
     /// [`Error::OutOfMemory`] or [`Error::Limit`] if the device cannot hold one, [`Error::DeviceLost`] if it is gone.
     pub fn convert(&self, graph: &Graph) -> Result<()> {
         for spec in graph.parameters() {
@@ -130,9 +156,13 @@ impl ParameterStore {
                 .storage(&spec.name)
                 .is_some_and(|stored| stored != spec.storage)
             {
+                // Of the shape that the graph says, or else an error.
+                self.memory(spec)?;
                 let tensor = self.read(&spec.name)?;
-                self.remove(&spec.name);
-                self.insert_as(&spec.name, &tensor, spec.storage)?;
+                let entry = self.entry_for(&spec.name, spec.ty.clone(), spec.storage)?;
+                self.write(&entry, &tensor)?;
+                let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+                entries.insert(spec.name.clone(), entry);
             }
         }
         Ok(())

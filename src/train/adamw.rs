@@ -1,15 +1,15 @@
 //! AdamW as part of a graph: the update is recorded with the forward and the backward pass and runs in the same submission.
 
 use crate::error::{Error, Result};
-use crate::graph::{Gradients, Graph, Init, ParameterStore, Session, Source, Storage, Value};
+use crate::graph::{
+    Gradients, Graph, Init, MASTER, ParameterStore, Session, Source, Storage, Value,
+};
 use crate::ops::AdamWConstants;
 use crate::tensor::{Tensor, TensorType};
 use crate::train::loss_scaling::LOSS_SCALE;
 
 /// The name of the input through which the learning rate reaches the device.
 const SCHEDULE_INPUT: &str = "adamw.schedule";
-/// In front of a parameter's name: its copy in f32, where the parameter itself is stored in 16 bits.
-const MASTER: &str = "adamw.master.";
 
 /// How to build an AdamW step. The defaults are PyTorch's, without clipping.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

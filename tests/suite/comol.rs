@@ -1,8 +1,6 @@
 //! Facts about CoMoL layers, and layers of random shapes against the reference.
 
 use libtest_mimic::{Failed, Trial};
-use proptest::strategy::Strategy;
-use proptest::test_runner::{Config, FileFailurePersistence, TestCaseError, TestRunner};
 use rankmix::device::{Capabilities, Launch, Launches, Shader, Slot};
 use rankmix::layers::{AdapterOptions, CoMol, CoMolOutput, CoreRouting, DecoderWidths, Linear};
 use rankmix::ops::{CoreMix, LaunchTypes, Routed};
@@ -15,30 +13,24 @@ use crate::case::{floats, floats_in};
 use crate::devices;
 use crate::metrics::relative_errors;
 
-/// Where shapes that once failed are kept: they are tried first.
-const REGRESSIONS: &str = concat!(
-    env!("CARGO_MANIFEST_DIR"),
-    "/tests/suite/comol.proptest-regressions"
-);
-
 const ALPHA: f32 = 12.0;
 
 /// A CoMoL layer of any shape.
 #[derive(Clone, Copy, Debug)]
-struct Shape {
-    tokens: usize,
-    d_in: usize,
-    d_out: usize,
-    rank: usize,
-    experts: usize,
+pub struct Shape {
+    pub tokens: usize,
+    pub d_in: usize,
+    pub d_out: usize,
+    pub rank: usize,
+    pub experts: usize,
     /// 0 is a dense gate.
-    top_k: usize,
-    routing: CoreRouting,
-    mix: CoreMix,
+    pub top_k: usize,
+    pub routing: CoreRouting,
+    pub mix: CoreMix,
 }
 
 /// The parameters of a layer, by what follows its name.
-type Parameters = Vec<(&'static str, Tensor)>;
+pub type Parameters = Vec<(&'static str, Tensor)>;
 
 impl Shape {
     fn layer(&self) -> Result<CoMol> {
@@ -59,7 +51,7 @@ impl Shape {
         floats(&[self.tokens, self.d_in], 410)
     }
 
-    fn parameters(&self) -> Parameters {
+    pub fn parameters(&self) -> Parameters {
         let Self {
             d_in,
             d_out,
@@ -86,7 +78,7 @@ impl Shape {
     }
 
     /// Output, the experts chosen (or the gates, if dense), and the gradients of x and of the parameters, in their order.
-    fn run(&self, device: &Device, parameters: &Parameters) -> Result<Vec<Tensor>> {
+    pub fn run(&self, device: &Device, parameters: &Parameters) -> Result<Vec<Tensor>> {
         let mut graph = Graph::new();
         let x = graph.input("x", TensorType::f32([self.tokens, self.d_in]))?;
         let CoMolOutput {
@@ -128,7 +120,7 @@ impl Shape {
 }
 
 /// Where the gradient of the router is in the results of [`Shape::run`].
-const ROUTER: usize = 7;
+pub const ROUTER: usize = 7;
 
 fn close(what: &str, got: &Tensor, want: &Tensor, slack: f64) -> Result<(), String> {
     if want.as_i32().is_some() {
@@ -147,7 +139,7 @@ fn close(what: &str, got: &Tensor, want: &Tensor, slack: f64) -> Result<(), Stri
     Ok(())
 }
 
-fn all_close(what: &str, got: &[Tensor], want: &[Tensor], tokens: usize) -> Result<(), String> {
+pub fn all_close(what: &str, got: &[Tensor], want: &[Tensor], tokens: usize) -> Result<(), String> {
     for (index, (got, want)) in got.iter().zip(want).enumerate() {
         // With few tokens the router's gradient is a difference of nearly equal numbers that nothing averages out.
         let slack = if index == ROUTER && tokens < 8 {
@@ -156,93 +148,6 @@ fn all_close(what: &str, got: &[Tensor], want: &[Tensor], tokens: usize) -> Resu
             1.0
         };
         close(&format!("{what}, result {index}"), got, want, slack)?;
-    }
-    Ok(())
-}
-
-fn matches_reference(device: &Device, shape: &Shape) -> Result<(), String> {
-    let parameters = shape.parameters();
-    let run = |device: &Device| {
-        shape
-            .run(device, &parameters)
-            .map_err(|error| error.to_string())
-    };
-    let (want, got) = (run(&Device::reference())?, run(device)?);
-    all_close(&format!("{shape:?}"), &got, &want, shape.tokens)
-}
-
-fn shapes() -> impl Strategy<Value = Shape> {
-    let tokens = proptest::prop_oneof![proptest::strategy::Just(1_usize), 2..8_usize, 8..140_usize];
-    let sizes = (
-        1..90_usize,
-        1..90_usize,
-        1..34_usize,
-        1..40_usize,
-        0..9_usize,
-    );
-    (tokens, sizes, proptest::bool::ANY, 0..3_usize).prop_map(
-        |(tokens, (d_in, d_out, rank, experts, top_k), raw, mix)| Shape {
-            tokens,
-            d_in,
-            d_out,
-            rank,
-            experts,
-            top_k: top_k.min(experts),
-            routing: if raw {
-                CoreRouting::Raw
-            } else {
-                CoreRouting::Core
-            },
-            mix: [CoreMix::Auto, CoreMix::Merge, CoreMix::Apply][mix],
-        },
-    )
-}
-
-fn random_shapes(device: &Device, cases: u32) -> Result<(), Failed> {
-    let mut runner = TestRunner::new_with_rng(
-        Config {
-            cases,
-            failure_persistence: Some(Box::new(FileFailurePersistence::Direct(REGRESSIONS))),
-            ..Config::default()
-        },
-        proptest::test_runner::TestRng::deterministic_rng(
-            proptest::test_runner::RngAlgorithm::ChaCha,
-        ),
-    );
-    let outcome = runner.run(&shapes(), |shape| {
-        matches_reference(device, &shape).map_err(TestCaseError::fail)
-    });
-    outcome.map_err(|error| error.to_string().into())
-}
-
-/// Shapes at the ends of what there is: tokens, d_in, d_out, rank, experts, top k.
-const EXTREMES: [(usize, usize, usize, usize, usize, usize); 9] = [
-    (1, 1, 1, 1, 1, 0),
-    (1, 1, 1, 1, 1, 1),
-    (1, 33, 7, 2, 64, 0),
-    (3, 33, 7, 3, 64, 64),
-    (9, 70, 66, 64, 3, 0),
-    (5, 70, 140, 130, 2, 0),
-    (133, 48, 40, 16, 64, 8),
-    (70, 16, 12, 4, 300, 0),
-    (600, 24, 24, 8, 4, 0),
-];
-
-fn extremes(device: &Device) -> Result<(), Failed> {
-    for (tokens, d_in, d_out, rank, experts, top_k) in EXTREMES {
-        let routing = CoreRouting::Core;
-        let mix = CoreMix::Auto;
-        let shape = Shape {
-            tokens,
-            d_in,
-            d_out,
-            rank,
-            experts,
-            top_k,
-            routing,
-            mix,
-        };
-        matches_reference(device, &shape)?;
     }
     Ok(())
 }
@@ -662,10 +567,5 @@ pub fn trials() -> Vec<Trial> {
         "comol::sharing_adds_gradients",
         sharing_adds_gradients,
     ));
-    trials.extend(devices::trials("comol::extreme_shapes", extremes));
-    trials.extend(devices::trials("comol::random_shapes", |device| {
-        // A new shape is a new set of pipelines: on a GPU half a second each.
-        random_shapes(device, if device.adapter().is_some() { 16 } else { 200 })
-    }));
     trials
 }

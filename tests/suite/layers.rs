@@ -2,14 +2,14 @@
 
 use libtest_mimic::{Failed, Trial};
 use proptest::strategy::Strategy;
-use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use rankmix::layers::{AdapterOptions, GateInput, Linear, MoeLora, RotMole, Routing};
 use rankmix::ops::Rotation;
 use rankmix::{Device, Graph, ParameterStore, Result, Tensor, TensorType, Value};
 
 use crate::case::{floats, floats_in};
-use crate::devices;
 use crate::metrics::relative_errors;
+use crate::popularity::{Popularity, router, rows};
+use crate::{devices, random};
 
 /// A RotMoLE layer of any shape.
 #[derive(Clone, Copy, Debug)]
@@ -20,6 +20,8 @@ struct Shape {
     rank: usize,
     experts: usize,
     top_k: usize,
+    /// Where the router sends the tokens; `None`: wherever random weights do.
+    popularity: Option<Popularity>,
     rotation: Rotation,
     gate_input: GateInput,
     bounded: bool,
@@ -72,15 +74,34 @@ impl Shape {
                 Some("rotation_generator") => self.turn,
                 _ => unit,
             };
-            store.insert(name, &floats_in(&dims, 301 + seed as u64, -spread, spread))?;
+            let tensor = if name == "layer.router" && self.popularity.is_some() {
+                router(self.experts, self.d_in)
+            } else {
+                floats_in(&dims, 301 + seed as u64, -spread, spread)
+            };
+            store.insert(name, &tensor)?;
         }
         for &value in &values {
             graph.output(value)?;
         }
         let mut session = graph.compile(&store)?;
         session.poison()?;
-        session.write(x, &floats(&[self.tokens, self.d_in], 310))?;
-        session.run_reading(&values)
+        session.write(x, &self.input())?;
+        let results = session.run_reading(&values)?;
+        assert_eq!(
+            results,
+            session.run_reading(&values)?,
+            "a second run is not equal bit for bit"
+        );
+        Ok(results)
+    }
+
+    fn input(&self) -> Tensor {
+        let dims = [self.tokens, self.d_in];
+        match self.popularity {
+            Some(popularity) => rows(popularity, dims, self.top_k, self.experts),
+            None => floats(&dims, 310),
+        }
     }
 }
 
@@ -90,14 +111,16 @@ const ROUTER: usize = 5;
 
 fn shapes() -> impl Strategy<Value = Shape> {
     let sizes = (1..70_usize, 1..90_usize, 1..90_usize, 1..20_usize);
-    let tokens = proptest::prop_oneof![proptest::strategy::Just(1_usize), 2..8_usize, 8..140_usize];
+    let tokens = proptest::prop_oneof![proptest::strategy::Just(1_usize), 2..8_usize, 8..201_usize];
+    let popularity = proptest::option::of(proptest::sample::select(&Popularity::ALL[..]));
     let kinds = (0..Rotation::ALL.len(), 1..6_usize, 1..9_usize);
     let gates = (
         proptest::sample::select(&[GateInput::Input, GateInput::Latent, GateInput::Static][..]),
         proptest::bool::ANY,
     );
-    (sizes, tokens, kinds, gates).prop_map(
-        |((experts, d_in, d_out, half), tokens, (kind, layers, top_k), (gate_input, bounded))| {
+    (sizes, tokens, kinds, gates, popularity).prop_map(
+        |(sizes, tokens, (kind, layers, top_k), (gate_input, bounded), popularity)| {
+            let (experts, d_in, d_out, half) = sizes;
             let rotation = match Rotation::ALL[kind] {
                 Rotation::BrickWall { .. } => Rotation::BrickWall { layers },
                 other => other,
@@ -105,7 +128,12 @@ fn shapes() -> impl Strategy<Value = Shape> {
             let experts = if experts > 64 { 1 } else { experts };
             Shape {
                 tokens,
-                d_in,
+                // A coordinate for each expert.
+                d_in: if popularity.is_some() {
+                    d_in.max(experts)
+                } else {
+                    d_in
+                },
                 d_out,
                 rank: if rotation == Rotation::Planes {
                     2 * half
@@ -114,6 +142,7 @@ fn shapes() -> impl Strategy<Value = Shape> {
                 },
                 experts,
                 top_k: top_k.min(experts),
+                popularity,
                 rotation,
                 gate_input,
                 bounded,
@@ -177,6 +206,7 @@ fn extremes(device: &Device, rotation: Rotation) -> Result<(), Failed> {
             rank,
             experts,
             top_k,
+            popularity: None,
             rotation,
             gate_input,
             bounded: false,
@@ -185,29 +215,6 @@ fn extremes(device: &Device, rotation: Rotation) -> Result<(), Failed> {
         matches_reference(device, &shape)?;
     }
     Ok(())
-}
-
-/// Whether a fact holds for layers of random shapes.
-fn of_random_shapes(
-    device: &Device,
-    cases: u32,
-    shapes: impl Strategy<Value = Shape>,
-    fact: impl Fn(&Device, &Shape) -> Result<(), String>,
-) -> Result<(), Failed> {
-    let mut runner = TestRunner::new_with_rng(
-        Config {
-            cases,
-            failure_persistence: None,
-            ..Config::default()
-        },
-        proptest::test_runner::TestRng::deterministic_rng(
-            proptest::test_runner::RngAlgorithm::ChaCha,
-        ),
-    );
-    let outcome = runner.run(&shapes, |shape| {
-        fact(device, &shape).map_err(TestCaseError::fail)
-    });
-    outcome.map_err(|error| error.to_string().into())
 }
 
 /// A layer that does not rotate by tokens is a mixture without rotations whose B_j are B_j R_j, made here from R_j of the f64 reference:
@@ -379,6 +386,73 @@ fn trainable_elements_are_counted() -> Result<(), Failed> {
     Ok(())
 }
 
+/// The experts in another order, with everything that is theirs: the same output bit for bit, since a token's slots keep their order,
+/// and the same gradients in that order.
+fn the_order_of_experts_does_not_matter(device: &Device) -> Result<(), Failed> {
+    let shape = Shape {
+        tokens: 53,
+        d_in: 30,
+        d_out: 21,
+        rank: 6,
+        experts: 7,
+        top_k: 3,
+        popularity: None,
+        rotation: Rotation::Planes,
+        gate_input: GateInput::Input,
+        bounded: false,
+        turn: 1.0,
+    };
+    let order = [3, 0, 6, 1, 5, 2, 4];
+    let permuted = |tensor: &Tensor| -> Result<Tensor> {
+        let values = tensor.to_f64();
+        let block = values.len() / order.len();
+        let blocks = order
+            .iter()
+            .flat_map(|&from| &values[from * block..(from + 1) * block]);
+        Tensor::f64(tensor.shape(), blocks.copied().collect())
+    };
+    let names = ["router", "lora_a", "lora_b", "rotation_gate"].map(|name| format!("layer.{name}"));
+    let run = |permute: bool| -> Result<Vec<Tensor>> {
+        let mut graph = Graph::new();
+        let x = graph.input("x", TensorType::f32([shape.tokens, shape.d_in]))?;
+        let y = shape.layer()?.forward(&mut graph, x)?.output;
+        let upstream = graph.constant(floats(&[shape.tokens, shape.d_out], 350))?;
+        let mut wanted = vec![x];
+        let store = ParameterStore::new(device);
+        store.insert("layer.weight", &floats(&[shape.d_out, shape.d_in], 351))?;
+        for (seed, name) in names.iter().enumerate() {
+            let value = graph.named(name)?;
+            let tensor = floats(graph.ty(value)?.dims(), 352 + seed as u64);
+            store.insert(name, &if permute { permuted(&tensor)? } else { tensor })?;
+            wanted.push(value);
+        }
+        let mut values = graph.gradients_from(&[(y, upstream)], &wanted)?;
+        values.insert(0, y);
+        for &value in &values {
+            graph.output(value)?;
+        }
+        let mut session = graph.compile(&store)?;
+        session.write(x, &shape.input())?;
+        session.run_reading(&values)
+    };
+    let (source, other) = (run(false)?, run(true)?);
+    if source[0] != other[0] {
+        return Err("the output is not equal bit for bit".into());
+    }
+    for (index, (got, want)) in other.iter().zip(&source).enumerate().skip(1) {
+        let want = if index == 1 {
+            want.clone()
+        } else {
+            permuted(want)?
+        };
+        let (norm, _) = relative_errors(&got.to_f64(), &want.to_f64());
+        if norm > 1e-5 {
+            return Err(format!("gradient {index}: {norm:.2e} in norm").into());
+        }
+    }
+    Ok(())
+}
+
 /// The memory of a RotMoLE training step against its lower bound.
 fn memory_is_near_the_lower_bound(device: &Device) -> Result<(), Failed> {
     for (tokens, width, rank) in [(512, 256, 16), (256, 128, 8), (133, 96, 4)] {
@@ -442,7 +516,9 @@ pub fn trials() -> Vec<Trial> {
         |device| {
             // A new shape is a new set of pipelines: on a GPU half a second each.
             let cases = if device.adapter().is_some() { 24 } else { 200 };
-            of_random_shapes(device, cases, shapes(), matches_reference)
+            random::holds("rotmole", cases, shapes(), |shape| {
+                matches_reference(device, shape)
+            })
         },
     ));
     trials.extend(devices::trials(
@@ -453,8 +529,14 @@ pub fn trials() -> Vec<Trial> {
                 gate_input: GateInput::Static,
                 ..shape
             });
-            of_random_shapes(device, cases, still, constant_rotations_are_absorbed)
+            random::holds("rotmole_static", cases, still, |shape| {
+                constant_rotations_are_absorbed(device, shape)
+            })
         },
+    ));
+    trials.extend(devices::trials(
+        "layers::the_order_of_experts_does_not_matter",
+        the_order_of_experts_does_not_matter,
     ));
     trials.push(Trial::test(
         "layers::rotmole_trainable_elements_are_counted",

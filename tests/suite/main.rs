@@ -5,6 +5,7 @@ mod accumulation;
 mod case;
 mod cases;
 mod comol;
+mod comol_shapes;
 mod devices;
 mod golden;
 mod gradients;
@@ -17,6 +18,8 @@ mod moe_facts;
 mod moe_shapes;
 mod noise;
 mod parity;
+mod popularity;
+mod random;
 mod recomputation;
 mod rotation_facts;
 mod routing_facts;
@@ -30,6 +33,7 @@ fn main() {
     let arguments = Arguments::from_args();
     let trials = [
         comol::trials(),
+        comol_shapes::trials(),
         accumulation::trials(),
         gradients::trials(),
         parity::trials(),

@@ -4,17 +4,14 @@ use libtest_mimic::{Failed, Trial};
 use proptest::option;
 use proptest::prelude::{Just, Strategy, any, prop_oneof};
 use proptest::sample::select;
-use proptest::test_runner::{
-    Config, FileFailurePersistence, RngAlgorithm, TestCaseError, TestRng, TestRunner,
-};
 use rankmix::layers::{Capacity, FeedForward, LatentMoe, Moe, RoutedOutput, Routing, SharedExpert};
 use rankmix::ops::{Activation, BalanceForm, DropPolicy, Score};
 use rankmix::{Device, Graph, ParameterStore, Result, Tensor, TensorType, Value};
 
 use crate::case::{floats, floats_in};
-use crate::cases::grouped::{Popularity, choose};
-use crate::devices;
 use crate::metrics::relative_errors;
+use crate::popularity::{Popularity, router, rows};
+use crate::{devices, random};
 
 /// What makes a layer latent.
 #[derive(Clone, Copy, Debug)]
@@ -55,31 +52,14 @@ impl Shape {
         }
     }
 
-    /// Inputs and router that send the tokens where the popularity says: the router looks at one coordinate for each expert, and that
-    /// of a token's experts is large. Logits are far apart, so that rounding does not decide which experts are chosen.
     fn input(&self) -> Tensor {
         let Routing { experts, top_k, .. } = self.routing;
-        let hidden = self.expert.hidden;
-        let mut x = floats_in(&[self.tokens, hidden], 400, -0.5, 0.5).to_f64();
-        let chosen = choose(self.popularity, self.tokens, top_k, experts);
-        let chosen = chosen.as_i32().unwrap_or_default();
-        for (token, chosen) in chosen.chunks(top_k).enumerate() {
-            for (slot, &expert) in chosen.iter().enumerate() {
-                x[token * hidden + expert as usize] += 1.5 + 0.2 * (top_k - 1 - slot) as f64;
-            }
-        }
-        // Rounded, so that every device sees the same numbers.
-        let x = x.into_iter().map(|x| f64::from(x as f32)).collect();
-        Tensor::f64([self.tokens, hidden], x).expect("as many elements as the shape says")
-    }
-
-    fn router(&self) -> Tensor {
-        let dims = [self.routing.experts, self.expert.hidden];
-        let mut weight = floats_in(&dims, 401, -0.02, 0.02).to_f64();
-        for expert in 0..dims[0] {
-            weight[expert * dims[1] + expert] = 1.0;
-        }
-        Tensor::f64(dims, weight).expect("as many elements as the shape says")
+        rows(
+            self.popularity,
+            [self.tokens, self.expert.hidden],
+            top_k,
+            experts,
+        )
     }
 
     /// Output, experts, metrics, and all gradients; and whether a second run is equal bit for bit.
@@ -122,7 +102,7 @@ impl Shape {
             let dims = graph.ty(graph.named(name)?)?.dims().to_vec();
             let unit = 1.7 / (*dims.last().unwrap_or(&1) as f64).sqrt();
             let tensor = match name.as_str() {
-                "layer.router" => self.router(),
+                "layer.router" => router(self.routing.experts, self.expert.hidden),
                 "layer.router_bias" => floats_in(&dims, 403, -0.2, 0.2),
                 _ => floats_in(&dims, 404 + seed as u64, -unit, unit),
             };
@@ -247,24 +227,10 @@ fn matches_reference(device: &Device, shape: &Shape) -> Result<(), String> {
     Ok(())
 }
 
-/// Shapes that failed once are tried again first.
-const REGRESSIONS: &str = concat!(
-    env!("CARGO_MANIFEST_DIR"),
-    "/tests/suite/regressions/moe_shapes.txt"
-);
-
 fn random_shapes(device: &Device, latent: bool, cases: u32) -> Result<(), Failed> {
-    let config = Config {
-        cases,
-        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(REGRESSIONS))),
-        source_file: Some(file!()),
-        ..Config::default()
-    };
-    let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
-    let outcome = TestRunner::new_with_rng(config, rng).run(&shapes(latent), |shape| {
-        matches_reference(device, &shape).map_err(TestCaseError::fail)
-    });
-    outcome.map_err(|error| error.to_string().into())
+    random::holds("moe_shapes", cases, shapes(latent), |shape| {
+        matches_reference(device, shape)
+    })
 }
 
 /// The ends of what there is.

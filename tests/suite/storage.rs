@@ -243,6 +243,37 @@ fn training_follows_f32(device: &Device) -> Result<(), Failed> {
     Ok(())
 }
 
+/// New weights reach the master copy too, and a checkpoint brings back what it held: training resumes bit for bit.
+fn masters_follow_what_is_loaded(device: &Device) -> Result<(), Failed> {
+    let mut training = Training::new(device, Precision::F16, short(4), 1.0)?;
+    for _ in 0..3 {
+        training.step()?;
+    }
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("checkpoint.safetensors");
+    training.store.save(&path, Default::default(), |_| true)?;
+    let mut resumed = Training::new(device, Precision::F16, short(4), 1.0)?;
+    resumed.store.load(&path)?;
+    resumed.optimizer.resume_at(training.optimizer.steps());
+    for _ in 0..3 {
+        if training.step()? != resumed.step()? {
+            return Err("the resumed training takes another course".into());
+        }
+    }
+    if training.state()? != resumed.state()? {
+        return Err("the resumed training ends elsewhere".into());
+    }
+    let name = "layer.lora_a";
+    let fresh = floats(training.store.read(name)?.shape().dims(), 510);
+    training.store.insert(name, &fresh)?;
+    let master = training.store.read("adamw.master.layer.lora_a")?.to_f32();
+    if master == fresh.to_f32() {
+        Ok(())
+    } else {
+        Err("the optimiser would go on from the weights that were replaced".into())
+    }
+}
+
 /// A step whose gradients overflow changes nothing but the scale; the scale comes down, and grows again.
 fn overflow_skips_the_step(device: &Device) -> Result<(), Failed> {
     let scaling = LossScaling {
@@ -397,6 +428,10 @@ pub fn trials() -> Vec<Trial> {
         ),
         ("training_follows_f32", training_follows_f32),
         ("overflow_skips_the_step", overflow_skips_the_step),
+        (
+            "masters_follow_what_is_loaded",
+            masters_follow_what_is_loaded,
+        ),
         ("memory_is_halved", memory_is_halved),
         ("mixed_stores_are_sorted_out", mixed_stores_are_sorted_out),
     ] {

@@ -4,7 +4,7 @@ use rankmix::ops::{Activation, BalanceForm, DropPolicy, Layout, Projection, Rout
 use rankmix::{Graph, Result, Tensor, Value};
 
 use crate::case::{Case, floats, floats_in, ints};
-use crate::cases::grouped::{Popularity, choose};
+use crate::popularity::{Popularity, choose};
 
 /// Experts for tokens of which some pairs belong to none.
 fn choose_with_none(popularity: Popularity, tokens: usize, top_k: usize, experts: usize) -> Tensor {

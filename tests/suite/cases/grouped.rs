@@ -4,63 +4,7 @@ use rankmix::ops::{Layout, Routed};
 use rankmix::{Graph, Result, Tensor, Value};
 
 use crate::case::{Case, floats, floats_in, ints};
-
-/// How tokens spread over experts.
-#[derive(Clone, Copy, Debug)]
-pub enum Popularity {
-    /// Every slot a different expert, round and round.
-    Distinct,
-    /// At random.
-    Uniform,
-    /// The first experts take most.
-    Zipf,
-    /// Every token the same experts.
-    Identical,
-    /// One expert takes nearly all, some take none.
-    Skewed,
-}
-
-impl Popularity {
-    pub const ALL: [Self; 5] = [
-        Self::Distinct,
-        Self::Uniform,
-        Self::Zipf,
-        Self::Identical,
-        Self::Skewed,
-    ];
-}
-
-/// Experts for tokens, distinct within a token.
-pub fn choose(popularity: Popularity, tokens: usize, top_k: usize, experts: usize) -> Tensor {
-    let noise = floats_in(&[tokens, experts], 77, 0.0, 1.0).to_f64();
-    let mut chosen = Vec::new();
-    for token in 0..tokens {
-        let score = |expert: usize| -> f64 {
-            let noise = noise[token * experts + expert];
-            match popularity {
-                Popularity::Distinct => {
-                    -(((expert + experts - token * top_k % experts) % experts) as f64)
-                }
-                Popularity::Uniform => noise,
-                Popularity::Zipf => noise / ((expert + 1) as f64).powf(1.5),
-                Popularity::Identical => -(expert as f64),
-                Popularity::Skewed => {
-                    if expert == experts / 2 {
-                        2.0
-                    } else if expert < 2 {
-                        noise
-                    } else {
-                        -noise
-                    }
-                }
-            }
-        };
-        let mut order: Vec<usize> = (0..experts).collect();
-        order.sort_by(|&a, &b| score(b).total_cmp(&score(a)));
-        chosen.extend(order[..top_k].iter().map(|&expert| expert as i32));
-    }
-    Tensor::i32([tokens, top_k], chosen).expect("top_k experts a token")
-}
+use crate::popularity::{Popularity, choose};
 
 /// inputs: experts, gates
 fn routed(graph: &mut Graph, experts: Value, gates: Value, count: usize) -> Result<Routed> {

@@ -3,7 +3,7 @@
 mod arithmetic;
 mod cores;
 mod experts;
-pub mod grouped;
+mod grouped;
 mod model_parts;
 mod noise;
 mod products;
