@@ -161,11 +161,12 @@ fn draw(
         &curves,
     )?;
     println!("loss curves: {}", loss.display());
-    let rotated = compared
+    let routed = compared
         .iter()
         .rev()
-        .find_map(|(adapter, outcomes)| Some((adapter, outcomes.first()?)));
-    if let Some((adapter, outcome)) = rotated {
+        .filter_map(|(adapter, outcomes)| Some((adapter, outcomes.first()?)))
+        .find(|(_, outcome)| !outcome.shares.is_empty());
+    if let Some((adapter, outcome)) = routed {
         let map = folder.join("experts.svg");
         let names: Vec<String> = languages
             .iter()
