@@ -7,12 +7,14 @@
 //                        else: scale exp(l_j) / sum over all experts i of exp(l_i), or scale s_j with SIGMOID
 //   backward    G the gradient of the gates, g the gates / scale, c_e = 1, or 1 - s_e with SIGMOID
 //               RENORMALIZE: dl_e = scale c_e g_e sum over the chosen i of g_i (G_e - G_i), 0 for experts not chosen
-//               SIGMOID: dl_e = scale c_e g_e G_e [chosen];   else: dl_e = scale (g_e G_e [chosen] - p_e m)
-//               with m = sum over the chosen i of g_i G_i, p the softmax over all. The sum of differences equals g_e (G_e - m), but
-//               keeps its digits when one gate is nearly 1.
+//               SIGMOID: dl_e = scale c_e g_e G_e [chosen]
+//               else: dl_e = scale g_e (sum over the chosen i of g_i (G_e - G_i) + rest G_e), -scale p_e m for experts not chosen,
+//               with m = sum over the chosen i of g_i G_i, p the softmax over all, rest the sum of p over the experts not chosen. The sums
+//               of differences equal g_e (G_e - m), but keep their digits when one gate is nearly 1.
 //
 // Layouts       logits, d_logits: [tokens, experts];  bias: [experts] (BIASED);  chosen: [tokens, k] i32;
-//               gates, d_gates: [tokens, k];  norms: [tokens] pairs (the exponent taken off, the sum of the weights counted).
+//               gates, d_gates: [tokens, k];  norms: [tokens] of four (the exponent taken off, the sum of the weights
+//               counted, rest, 0).
 // Grid          forward: one invocation a token: k passes over its logits, each looking for the largest key after the last
 //               in the order; no marks, no memory.  backward: one invocation a logit.  Folded into (x, y).
 // Numbers       s = exp(min(l, 0)) / (1 + exp(-|l|)): only exponentials of numbers that are not positive are taken, and the largest
@@ -41,8 +43,8 @@ struct Params {
 @group(0) @binding(6) var<storage, read> d_gates: array<f32>;
 @group(0) @binding(7) var<storage, read_write> d_logits: array<f32>;
 @group(0) @binding(8) var<storage, read> bias: array<f32>;
-@group(0) @binding(9) var<storage, read_write> norms: array<vec2<f32>>;
-@group(0) @binding(10) var<storage, read> given_norms: array<vec2<f32>>;
+@group(0) @binding(9) var<storage, read_write> norms: array<vec4<f32>>;
+@group(0) @binding(10) var<storage, read> given_norms: array<vec4<f32>>;
 
 // The order of floats as the order of integers: on bits, because WGSL may assume that there is no NaN.
 fn key_of(value: f32) -> u32 {
@@ -79,7 +81,7 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
   let first_slot = token * params.top_k;
   var last_key = 0xffffffffu;
   var last_expert = -1;
-  var largest = -3.4e38;
+  var largest = 0.0;
   for (var slot = 0u; slot < params.top_k; slot++) {
     var best_key = 0u;
     var best_expert = -1;
@@ -93,7 +95,8 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
     }
     last_key = best_key;
     last_expert = max(best_expert, 0);
-    largest = max(largest, exponent(logits[first_logit + u32(last_expert)]));
+    let e = exponent(logits[first_logit + u32(last_expert)]);
+    largest = select(max(largest, e), e, slot == 0u);
     chosen[first_slot + slot] = u32(last_expert);
   }
   var sum = 0.0;
@@ -116,7 +119,15 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
   for (var slot = 0u; slot < params.top_k; slot++) {
     gates[first_slot + slot] = params.scale * (gates[first_slot + slot] / sum);
   }
-  norms[token] = vec2(largest, sum);
+  var rest = 0.0;
+  if (!RENORMALIZE && !SIGMOID) {
+    for (var expert = 0u; expert < params.experts; expert++) {
+      var is_chosen = false;
+      for (var slot = 0u; slot < params.top_k; slot++) { is_chosen = is_chosen || chosen[first_slot + slot] == expert; }
+      if (!is_chosen) { rest += exp(logits[first_logit + expert] - largest) / sum; }
+    }
+  }
+  norms[token] = vec4(largest, sum, rest, 0.0);
 }
 
 @compute @workgroup_size(WORKGROUP)
@@ -129,6 +140,7 @@ fn backward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocati
   var mean = 0.0;
   var gate = 0.0;
   var d_gate = 0.0;
+  var is_chosen = false;
   for (var slot = first_slot; slot < first_slot + params.top_k; slot++) {
     let g = given_gates[slot];
     let d = d_gates[slot];
@@ -136,21 +148,25 @@ fn backward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocati
     if (given_chosen[slot] == expert) {
       gate = g;
       d_gate = d;
+      is_chosen = true;
     }
   }
   let logit = logits[element];
   var complement = 1.0;
   if (SIGMOID) { complement = exp(min(-logit, 0.0)) / divisor(logit); }
-  if (RENORMALIZE) {
-    var sum = 0.0;
-    for (var slot = first_slot; slot < first_slot + params.top_k; slot++) {
-      sum += params.inverse_scale * given_gates[slot] * (d_gate - d_gates[slot]);
-    }
-    d_logits[element] = complement * gate * sum;
-  } else if (SIGMOID) {
+  if (!RENORMALIZE && SIGMOID) {
     d_logits[element] = complement * gate * d_gate;
-  } else {
-    let norm = given_norms[token];
-    d_logits[element] = gate * d_gate - exp(logit - norm.x) / norm.y * mean;
+    return;
   }
+  let norm = given_norms[token];
+  if (!RENORMALIZE && !is_chosen) {
+    d_logits[element] = -exp(logit - norm.x) / norm.y * mean;
+    return;
+  }
+  // rest is 0 with RENORMALIZE
+  var sum = norm.z * d_gate;
+  for (var slot = first_slot; slot < first_slot + params.top_k; slot++) {
+    sum += params.inverse_scale * given_gates[slot] * (d_gate - d_gates[slot]);
+  }
+  d_logits[element] = complement * gate * sum;
 }

@@ -44,7 +44,8 @@ fn row(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_in
   var sum = 0.0;
   for (var e = local; e < params.experts; e += WORKGROUP) {
     let d = logits[start + e] - m_s.x;
-    sum += exp(d) * d;
+    // An expert that is masked out has no part in the entropy: not 0 times infinity.
+    sum += exp(d) * max(d, -200.0);
   }
   let all = workgroup_sum(sum, local);
   if (local == 0u) { entropies[token] = log(m_s.y) - all / m_s.y; }

@@ -7,7 +7,7 @@ use rankmix::layers::{
     AdapterOptions, Capacity, FeedForward, GateInput, LatentMoe, Linear, Lora, Moe, MoeLora,
     RotMole, Routing, SharedExpert,
 };
-use rankmix::ops::{DropPolicy, Rotation};
+use rankmix::ops::{Activation, DropPolicy, Projection, Rotation};
 use rankmix::train::{AdamW, GradientAccumulation};
 use rankmix::{Device, DeviceOptions, Error, Graph, Init, ParameterStore, Tensor, TensorType};
 
@@ -449,6 +449,99 @@ fn reading_a_parameter_after_its_update_is_refused() {
         Error::Shape { .. },
         "`w`",
         "after an update"
+    );
+}
+
+#[test]
+fn a_view_of_a_parameter_is_as_old_as_the_parameter() {
+    let mut graph = Graph::new();
+    let p = graph
+        .parameter("p", [2, 3], Init::Zeros, false)
+        .expect("a name of its own");
+    let view = graph.reshape(p, [6]).expect("six elements");
+    let x = graph
+        .input("x", TensorType::f32([2, 3]))
+        .expect("a name of its own");
+    graph.assign(p, x).expect("p is a parameter");
+    let late = graph.scale(view, 1.0).expect("floats");
+    graph.output(late).expect("a value of the graph");
+    let store = ParameterStore::new(&Device::cpu());
+    store.initialize(&graph, 0).expect("the CPU has memory");
+    assert_error!(
+        graph.compile(&store),
+        Error::Shape { .. },
+        "after an update"
+    );
+}
+
+#[test]
+fn what_a_session_does_not_know_is_refused() {
+    let mut graph = Graph::new();
+    let x = graph
+        .input("x", TensorType::f32([2]))
+        .expect("a name of its own");
+    let y = graph.scale(x, 2.0).expect("floats");
+    graph.output(y).expect("a value of the graph");
+    let store = ParameterStore::new(&Device::cpu());
+    let mut session = graph.compile(&store).expect("a sound graph");
+    let late = graph.scale(y, 2.0).expect("floats");
+    assert_error!(session.read(late), Error::NotKept { .. }, "added");
+    assert_error!(session.storage(late), Error::NotKept { .. }, "added");
+    assert_error!(
+        session.write(late, &Tensor::scalar(0.0)),
+        Error::NotKept { .. },
+        "added"
+    );
+    assert_error!(session.run(), Error::MissingInput { .. }, "the input `x`");
+
+    let w = graph
+        .parameter("w", [2], Init::Zeros, true)
+        .expect("a name of its own");
+    let loss = graph.sum_all(w).expect("floats");
+    let gradients = graph.backward(loss).expect("a sum has a gradient");
+    let mut other = Graph::new();
+    assert_error!(
+        AdamW::default().add_to(&mut other, &gradients),
+        Error::ForeignValue { .. },
+        "another graph"
+    );
+    assert!(other.parameters().is_empty(), "moments of a refused step");
+}
+
+#[test]
+fn groups_are_of_the_experts_that_were_chosen() {
+    let mut graph = Graph::new();
+    let logits = graph
+        .input("logits", TensorType::f32([6, 8]))
+        .expect("a name of its own");
+    let routed = graph.route(logits, 3, true).expect("3 of 8");
+    assert_error!(
+        graph.active_groups(routed.segments, 4, 2),
+        Error::Shape { .. },
+        "8 experts",
+        "expected 4"
+    );
+    let groups = graph
+        .active_groups(routed.segments, 8, 4)
+        .expect("2 experts a group");
+    let x = graph
+        .input("x", TensorType::f32([6, 5]))
+        .expect("a name of its own");
+    let weight = graph
+        .input("weight", TensorType::f32([8, 7, 5]))
+        .expect("a name of its own");
+    let projection = Projection { x, weight };
+    assert_error!(
+        graph.gated_experts(
+            Activation::Silu,
+            projection,
+            None,
+            routed.segments,
+            Some(&groups)
+        ),
+        Error::Shape { .. },
+        "6 rows",
+        "expected 3"
     );
 }
 

@@ -165,6 +165,7 @@ fn train(options: &Options, device: &Device, kind: Kind) -> Result<Outcome, Box<
         StorageChoice::F32 => graph.backward(loss)?,
         StorageChoice::F16 => graph.backward_scaled(loss, LossScaling::default())?,
     };
+    model.update_routers(&mut graph, &built.routers)?;
     let trained = graph.trainable_elements();
     let accumulated =
         GradientAccumulation::new(options.micro_batches)?.add_to(&mut graph, &gradients)?;

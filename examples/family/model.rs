@@ -60,6 +60,7 @@ pub struct Built {
     pub auxiliary_loss: Value,
     /// Of the last router, in a training graph.
     pub metrics: Option<RouterMetrics>,
+    pub routers: Vec<RouterOutput>,
 }
 
 impl Model {
@@ -67,6 +68,7 @@ impl Model {
         let mut hidden = x;
         let mut auxiliary_loss = graph.constant(Tensor::scalar(0.0))?;
         let mut metrics = None;
+        let mut routers = Vec::new();
         for index in 0..2 {
             let name = format!("layers.{index}");
             let block = |graph: &mut Graph| self.block(graph, &name, hidden);
@@ -86,12 +88,10 @@ impl Model {
             let auxiliary = router.auxiliary_loss(graph, balance, Z)?;
             auxiliary_loss = graph.add(auxiliary_loss, auxiliary)?;
             if graph.is_training() {
-                if self.routing.selection_bias {
-                    router.update_selection_bias(graph, BIAS_RATE)?;
-                }
                 let of_router = router.metrics(graph)?;
                 metrics = Some(of_router);
             }
+            routers.push(router);
         }
         if let Some(RouterMetrics {
             counts,
@@ -110,7 +110,18 @@ impl Model {
             logits,
             auxiliary_loss,
             metrics,
+            routers,
         })
+    }
+
+    /// What changes a router outside the gradient; to be called after the backward pass.
+    pub fn update_routers(&self, graph: &mut Graph, routers: &[RouterOutput]) -> Result<()> {
+        if self.routing.selection_bias {
+            for router in routers {
+                router.update_selection_bias(graph, BIAS_RATE)?;
+            }
+        }
+        Ok(())
     }
 
     /// `norm(x + layer(x))`.

@@ -4,10 +4,10 @@
 //   row_soft_max    (m, s):  m = max_c logit[c],  s = sum_c exp(logit[c] - m);   logsumexp = m + log s,  p[c] = exp(logit[c] - m) / s
 //
 // One read of the row: a new maximum scales down the sum so far, which matters when a row of 49,152 logits does not fit into a
-// cache. m starts at -3.4e38, not at an infinity: WGSL may assume that there are none. The exponent is kept above -87, where
+// cache. m starts at the lowest float, not at an infinity: WGSL may assume that there are none. The exponent is kept above -87, where
 // exp is still a normal number: what it is multiplied by is then 0 (nothing summed yet) or 1e-38 of the total.
 
-const LOWEST = -3.4e38;
+const LOWEST = -3.4028234e38; // f32's own: a logit that masks with it is no lower
 
 var<workgroup> soft_max_tree: array<vec2<f32>, WORKGROUP>;
 

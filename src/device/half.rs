@@ -73,6 +73,17 @@ fn declaration(line: &str) -> Option<Declared<'_>> {
     })
 }
 
+/// Whether the shader declares the binding of that number on one line as a read-only array of integers: what stands in for a float buffer
+/// that a kernel does not read.
+pub(crate) fn is_integers(shader: Shader, number: u32) -> bool {
+    let start = format!("@group(0) @binding({number}) var<storage, read> ");
+    shader.source.lines().any(|line| {
+        let declared = line.trim_start().strip_prefix(&start);
+        let array = declared.and_then(|rest| rest.split_once(": array<"));
+        array.is_some_and(|(_, rest)| rest.starts_with("u32>;") || rest.starts_with("i32>;"))
+    })
+}
+
 /// The element type of a float binding, if the shader declares one of that number.
 pub(crate) fn element_of(shader: Shader, number: u32) -> Option<Element> {
     let declared = shader.source.lines().filter_map(declaration);
@@ -244,6 +255,12 @@ fn expression(text: &str, declared: &[Declared<'_>]) -> Result<String, String> {
             .iter()
             .find(|one| one.name == word && !is_field && bytes.get(end) == Some(&b'['));
         let Some(array) = array else {
+            // An array of unknown length can be indexed, or pointed to: other uses of the word mean something else.
+            let before = text[..at].trim_end();
+            let pointed_to = before.ends_with('&') && !before.ends_with("&&");
+            if pointed_to && declared.iter().any(|one| one.name == word) {
+                return Err(format!("`{word}` is pointed to: {text}"));
+            }
             out.push_str(word);
             at = end;
             continue;
@@ -382,6 +399,8 @@ mod tests {
         };
         assert!(refused(SHADER.source, &[2], HalfForm::Native).contains("binding 2"));
         assert!(refused(SHADER.source, &[3], HalfForm::Packed).contains("share a word"));
+        let length = "@group(0) @binding(1) var<storage, read> x: array<f32>;\nfn f() -> u32 { return arrayLength(&x); }\n";
+        assert!(refused(length, &[1], HalfForm::Packed).contains("pointed"));
         let component = "@group(0) @binding(1) var<storage, read_write> x: array<vec4<f32>>;\nfn f() { x[0].y = 1.0; }\n";
         assert!(refused(component, &[1], HalfForm::Native).contains("component"));
     }

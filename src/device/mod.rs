@@ -18,7 +18,7 @@ use adapter::Request;
 pub use capabilities::{AdapterClass, Capabilities};
 pub use counters::Counters;
 pub(crate) use gpu::{BUFFER_ALIGNMENT, Buffer, Gpu};
-pub(crate) use half::{Element, HalfForm, element_of, with_halves};
+pub(crate) use half::{Element, HalfForm, element_of, is_integers, with_halves};
 pub use launch::{Access, Binding, Launch, Launches, Shader, Slot, Word};
 pub use profile::LaunchTiming;
 pub(crate) use recording::{Bound, Recording};
@@ -36,7 +36,8 @@ pub struct DeviceOptions {
     /// else the best there is.
     pub request: Option<String>,
     /// Checked mode: kernels keep WGSL's bounds checks, and after every operation its results are scanned for NaN and
-    /// infinity ([`Error::NotFinite`]). About twice the launches; for finding mistakes, not for training.
+    /// infinity ([`Error::NotFinite`]). About twice the launches; for finding mistakes, not for training: an overflow that loss scaling would
+    /// skip is an error too.
     pub checked: bool,
 }
 

@@ -10,7 +10,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::error::{Error, Result};
-use crate::graph::{MASTER, ParameterStore, Storage};
+use crate::graph::{MASTER, ParameterStore, Storage, rounds_to};
 use crate::tensor::{Tensor, TensorData};
 
 /// A whole file's contents.
@@ -210,8 +210,17 @@ impl ParameterStore {
             }
         }
         for (name, tensor) in &file.tensors {
-            // A master copy has digits that its parameter in 16 bits has lost.
-            if file.tensors.contains_key(&format!("{MASTER}{name}")) {
+            // A master copy has digits that its parameter in 16 bits has lost; one that is of other weights is left behind.
+            let master = file.tensors.get(&format!("{MASTER}{name}"));
+            let parameter = name.strip_prefix(MASTER);
+            if let Some(parameter) = parameter.and_then(|name| file.tensors.get(name)) {
+                let tensor = if rounds_to(tensor, parameter) {
+                    tensor
+                } else {
+                    parameter
+                };
+                self.put(name, tensor, Storage::F32)?;
+            } else if master.is_some() {
                 self.put(name, tensor, Storage::F32)?;
             } else {
                 self.insert(name, tensor)?;

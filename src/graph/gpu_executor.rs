@@ -137,8 +137,11 @@ impl GpuExecutor {
         self.launches.iter().map(|(launch, _)| launch)
     }
 
-    pub(crate) fn write(&self, place: Place, tensor: &Tensor) -> Result<()> {
-        let buffer = &self.memory[&place].buffer;
+    pub(crate) fn write(&self, plan: &Plan, input: u32, tensor: &Tensor) -> Result<()> {
+        let foreign = self.foreign.get(&plan.classes[input as usize]);
+        let buffer = &foreign
+            .unwrap_or_else(|| &self.memory[&Place::Input(input)])
+            .buffer;
         self.gpu.scoped("writing an input", 0, || {
             self.gpu.write(buffer, &device_bytes(tensor));
         })

@@ -1,7 +1,8 @@
 //! 16-bit storage in a plan: which values have it, and the launches that read and write them so. Operations know nothing of it.
 
 use crate::device::{
-    Access, Capabilities, Element, HalfForm, Launch, Launches, Slot, element_of, with_halves,
+    Access, Capabilities, Element, HalfForm, Launch, Launches, Slot, element_of, is_integers,
+    with_halves,
 };
 use crate::error::Result;
 use crate::graph::{Graph, Source, Storage};
@@ -23,14 +24,15 @@ pub(crate) fn storages(graph: &Graph, parameter: impl Fn(usize) -> Storage) -> V
     for node in &graph.nodes {
         for alias in node.op.aliases() {
             let (input, output) = (node.inputs[alias.input], node.outputs[alias.output]);
-            // What is not computed keeps its own storage, and is copied where an operation writes over it.
-            if alias.kind == AliasKind::Accumulate && !graph.is_computed(input) {
-                continue;
-            }
             let (into, from) = (
                 find(&parent, input.index as usize),
                 find(&parent, output.index as usize),
             );
+            // What is given, and views of it, keep their storage, and are copied where an operation writes over them.
+            let is_given = !matches!(graph.values[into].source, Source::Node { .. });
+            if alias.kind == AliasKind::Accumulate && is_given {
+                continue;
+            }
             parent[from] = into;
         }
     }
@@ -119,10 +121,8 @@ pub(crate) fn lower(
                 Slot::Output(index) if staged[index].is_some() => {
                     binding.slot = staged[index].unwrap_or(binding.slot);
                 }
-                // A binding of another type than floats stands in for one that is not read.
-                slot if operands.is_half(slot)
-                    && element_of(launch.shader, binding.number).is_some() =>
-                {
+                // An array of integers stands in for one of floats that is not read.
+                slot if operands.is_half(slot) && !is_integers(launch.shader, binding.number) => {
                     halves.push(binding.number);
                 }
                 _ => {}

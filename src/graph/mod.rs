@@ -20,8 +20,8 @@ pub use backward::{Backward, Gradients};
 pub use plan::MemoryReport;
 pub use precision::{Precision, Storage};
 pub use session::{Session, SessionOptions};
-pub(crate) use store::MASTER;
 pub use store::ParameterStore;
+pub(crate) use store::{MASTER, rounds_to};
 
 use crate::error::{Error, Result};
 use crate::graph::recompute::Recomputation;
@@ -234,7 +234,7 @@ impl Graph {
     }
 
     /// A tensor that lives in a [`ParameterStore`] by this name. Declaring it twice gives the same value, so that layers can
-    /// share parameters; it is trainable if any declaration says so.
+    /// share parameters; it is trainable if any declaration says so, and stored in 32 bits if any does.
     ///
     /// # Errors
     /// [`Error::DuplicateName`] if an input has the name, or the parameter was declared with another shape.
@@ -251,6 +251,11 @@ impl Graph {
             return match info.source {
                 Source::Parameter(index) if info.ty == ty => {
                     self.parameters[index].trainable |= trainable;
+                    // One declaration that needs f32 is enough.
+                    if self.precision.parameters == Storage::F32 {
+                        self.parameters[index].storage = Storage::F32;
+                        self.values[value.index as usize].storage = Storage::F32;
+                    }
                     Ok(value)
                 }
                 _ => Err(Error::DuplicateName {
@@ -348,9 +353,16 @@ impl Graph {
         let alias = aliases.iter().find(|alias| alias.output == output);
         match alias {
             _ if ty.dtype != DType::F32 => Storage::F32,
-            Some(alias) => self.values[inputs[alias.input].index as usize].storage,
-            None if op.keeps_f32(output) => Storage::F32,
-            None => self.precision.activations,
+            // A sum that is made in f32 widens the values it is made in.
+            Some(alias)
+                if alias.kind != AliasKind::Accumulate
+                    || (self.is_computed(inputs[alias.input])
+                        && self.precision.activations == Storage::F16) =>
+            {
+                self.values[inputs[alias.input].index as usize].storage
+            }
+            _ if op.keeps_f32(output) => Storage::F32,
+            _ => self.precision.activations,
         }
     }
 

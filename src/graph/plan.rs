@@ -420,7 +420,12 @@ impl Classes {
                     }
                     AliasKind::Update => {
                         classes.join(info.inputs[alias.input], info.outputs[alias.output]);
-                        stale[info.inputs[alias.input].index as usize] = true;
+                        // The parameter's older states, and every view of them.
+                        let root = classes.find(info.outputs[alias.output]);
+                        for (index, stale) in stale.iter_mut().enumerate() {
+                            *stale |= classes.root(index) == root;
+                        }
+                        stale[info.outputs[alias.output].index as usize] = false;
                     }
                     AliasKind::Accumulate => {}
                 }
@@ -434,7 +439,10 @@ impl Classes {
     }
 
     fn find(&self, value: Value) -> usize {
-        let mut root = value.index as usize;
+        self.root(value.index as usize)
+    }
+
+    fn root(&self, mut root: usize) -> usize {
         while self.parent[root] != root {
             root = self.parent[root];
         }

@@ -62,6 +62,9 @@ impl Graph {
     /// # }
     /// ```
     ///
+    /// Parameters that the segment reads are updated (a selection bias, say) after [`Graph::backward`], not before: the segment reads them
+    /// again.
+    ///
     /// # Errors
     /// What `build` returns; [`Error::Shape`] if it updates a parameter: an update cannot be done twice.
     pub fn recompute<T>(&mut self, build: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {

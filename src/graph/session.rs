@@ -76,7 +76,19 @@ impl Graph {
         let mut gpu_parameters = HashMap::new();
         let mut host_parameters = HashMap::new();
         for &index in &plan.parameters {
-            match store.memory(&self.parameters[index])? {
+            let spec = &self.parameters[index];
+            let (memory, stored) = store.memory(spec)?;
+            if stored != plan.storages[self.names[&spec.name].index as usize] {
+                return Err(Error::setting(
+                    "precision",
+                    format!("{stored:?}"),
+                    format!(
+                        "the storage of the parameter `{}` was changed while a graph was compiled",
+                        spec.name
+                    ),
+                ));
+            }
+            match memory {
                 Memory::Gpu(buffer) => _ = gpu_parameters.insert(index, buffer),
                 Memory::Host(words) => _ = host_parameters.insert(index, words),
             }
@@ -194,7 +206,7 @@ impl Session {
 
     fn write_memory(&mut self, input: u32, tensor: &Tensor) -> Result<()> {
         match &mut self.executor {
-            Executor::Gpu(gpu) => gpu.write(Place::Input(input), tensor),
+            Executor::Gpu(gpu) => gpu.write(&self.plan, input, tensor),
             Executor::Host(host) => {
                 host.write(Place::Input(input), tensor);
                 Ok(())
@@ -221,7 +233,8 @@ impl Session {
         )
     }
 
-    /// Writes an input. It stays until it is written again.
+    /// Writes an input. It stays until it is written again. An input bound to a buffer of the host's is written there, which needs
+    /// `BufferUsages::COPY_DST`.
     ///
     /// # Errors
     /// [`Error::TypeMismatch`] if the shape or type is another, [`Error::IndexOutOfRange`] if an index (a label, a token id) is out of
@@ -321,9 +334,10 @@ impl Session {
             });
         };
         gpu.bind(&self.plan, &self.compiled, index, buffer.clone())?;
-        if is_input {
-            self.written.insert(index, true);
-            self.random = self.random.filter(|random| random.input != index);
+        // A view of an input is the input.
+        if let Some(Place::Input(input)) = place {
+            self.written.insert(input, true);
+            self.random = self.random.filter(|random| random.input != input);
         }
         Ok(())
     }
@@ -443,19 +457,30 @@ impl Session {
 
     fn ready(&self) -> Result<()> {
         match self.written.iter().find(|(_, written)| !**written) {
-            Some((&input, _)) => Err(Error::MissingInput {
-                name: self.compiled.descriptions[input as usize].clone(),
-            }),
+            Some((&input, _)) => {
+                let named = self
+                    .compiled
+                    .inputs
+                    .iter()
+                    .find(|(_, index)| **index == input);
+                Err(Error::MissingInput {
+                    name: named.map(|(name, _)| name.clone()).unwrap_or_default(),
+                })
+            }
             None => Ok(()),
         }
     }
 
     fn index(&self, value: Value) -> Result<u32> {
-        if value.graph == self.compiled.graph {
-            Ok(value.index)
-        } else {
-            Err(Error::ForeignValue { op: "session" })
+        if value.graph != self.compiled.graph {
+            return Err(Error::ForeignValue { op: "session" });
         }
+        if value.index as usize >= self.compiled.types.len() {
+            return Err(Error::NotKept {
+                value: "a value added to the graph after the session was compiled".to_owned(),
+            });
+        }
+        Ok(value.index)
     }
 
     /// The values' indices, if all of them can be read.

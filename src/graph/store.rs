@@ -145,7 +145,8 @@ impl ParameterStore {
     }
 
     /// Brings every parameter of the graph that the store has into the storage that the graph's precision says. Sessions
-    /// compiled before go on with the memory they have. Master copies stay as they are.
+    /// compiled before go on with the memory they have. A master copy stays if it is the parameter but for rounding; else it becomes the
+    /// parameter, with the digits that 16 bits have no room for.
     ///
     /// # Errors
     /// [`Error::TypeMismatch`] if the store has one in another shape,
@@ -161,8 +162,14 @@ impl ParameterStore {
                 let tensor = self.read(&spec.name)?;
                 let entry = self.entry_for(&spec.name, spec.ty.clone(), spec.storage)?;
                 self.write(&entry, &tensor)?;
-                let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-                entries.insert(spec.name.clone(), entry);
+                self.entries
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .insert(spec.name.clone(), entry);
+                let master = format!("{MASTER}{}", spec.name);
+                if self.storage(&master).is_some() && !rounds_to(&self.read(&master)?, &tensor) {
+                    self.put(&master, &tensor, Storage::F32)?;
+                }
             }
         }
         Ok(())
@@ -288,8 +295,8 @@ impl ParameterStore {
             })
     }
 
-    /// The memory of a parameter that a graph declares.
-    pub(crate) fn memory(&self, spec: &ParameterSpec) -> Result<Memory> {
+    /// The memory of a parameter that a graph declares, and what is stored in it.
+    pub(crate) fn memory(&self, spec: &ParameterSpec) -> Result<(Memory, Storage)> {
         let entry = self.entry(&spec.name)?;
         if entry.ty != spec.ty {
             return Err(Error::TypeMismatch {
@@ -298,8 +305,14 @@ impl ParameterStore {
                 found: entry.ty,
             });
         }
-        Ok(entry.memory)
+        Ok((entry.memory, entry.storage))
     }
+}
+
+/// Whether a master copy is that of a parameter: equal once both are in 16 bits.
+pub(crate) fn rounds_to(master: &Tensor, parameter: &Tensor) -> bool {
+    let halves = |tensor: &Tensor| Vec::<f16>::from_f32_slice(&tensor.to_f32());
+    halves(master) == halves(parameter)
 }
 
 /// A parameter's first value.

@@ -159,8 +159,8 @@ impl LatentMoe {
         down + product(&[projections, e, m, l]) + product(&[projections, g, l, n])
     }
 
-    /// All parameters: those of the routed experts, E n of the router (and E of its bias), 3 s n of a shared expert of width s (and n
-    /// of its gate).
+    /// All parameters: those of the routed experts, E n of the router (and E of its bias), 3 s n of a shared expert of width s, 2 s n
+    /// without a gate (and n of its sigmoid gate).
     #[must_use]
     pub fn parameters(&self) -> u64 {
         self.expert_parameters()
@@ -185,8 +185,8 @@ impl LatentMoe {
         down + product(&[2, projections, k, m, l]) + product(&[2, projections, active_groups, l, n])
     }
 
-    /// All floating-point operations for a token: those of the routed experts, 2 E n of the router, 6 s n of a shared expert (and 2 n
-    /// of its gate).
+    /// All floating-point operations for a token: those of the routed experts, 2 E n of the router, 6 s n of a shared expert, 4 s n
+    /// without a gate (and 2 n of its sigmoid gate).
     #[must_use]
     pub fn flops_per_token(&self, active_groups: usize) -> u64 {
         self.expert_flops_per_token(active_groups)

@@ -106,8 +106,8 @@ impl Moe {
         ])
     }
 
-    /// All parameters: those of the routed experts, E n of the router (and E of its bias), 3 s n of a shared expert of width s (and n
-    /// of its gate).
+    /// All parameters: those of the routed experts, E n of the router (and E of its bias), 3 s n of a shared expert of width s, 2 s n
+    /// without a gate (and n of its sigmoid gate).
     #[must_use]
     pub fn parameters(&self) -> u64 {
         self.expert_parameters()
@@ -129,8 +129,8 @@ impl Moe {
         ])
     }
 
-    /// All floating-point operations for a token: those of the routed experts, 2 E n of the router, 6 s n of a shared expert (and 2 n
-    /// of its gate).
+    /// All floating-point operations for a token: those of the routed experts, 2 E n of the router, 6 s n of a shared expert, 4 s n
+    /// without a gate (and 2 n of its sigmoid gate).
     #[must_use]
     pub fn flops_per_token(&self) -> u64 {
         self.expert_flops_per_token()

@@ -113,7 +113,8 @@ impl Routing {
         let Capacity { factor, .. } = self.capacity?;
         let share = factor * (tokens * self.top_k) as f64 / self.experts as f64;
         // 1.1 times 10 is 11.000000000000002 in f64: what only rounding puts above a whole number is that number.
-        Some(((share * (1.0 - 1e-12)).ceil() as usize).max(1))
+        // An expert cannot be chosen more often than all choices there are.
+        Some(((share * (1.0 - 1e-12)).ceil() as usize).clamp(1, tokens * self.top_k))
     }
 
     /// How many elements the router's parameters have, for inputs of this width.
@@ -240,7 +241,8 @@ impl RouterOutput {
     }
 
     /// After this run's choices, `b_e += rate * sign(mean count - count_e)` for the selection bias, in the same submission and outside
-    /// the gradient (DeepSeek-V3, arXiv 2412.19437, section 2.1.2, which takes 0.001). Returns the updated parameter.
+    /// the gradient (DeepSeek-V3, arXiv 2412.19437, section 2.1.2, which takes 0.001). To be called after [`Graph::backward`], which
+    /// reads the bias once more where the router is recomputed. Returns the updated parameter.
     ///
     /// # Errors
     /// [`Error::Setting`] if the routing has no selection bias or the rate is not finite.

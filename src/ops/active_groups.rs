@@ -15,12 +15,17 @@ const WORKGROUP: usize = 64;
 pub struct ActiveGroups {
     /// The distinct groups of each token's experts, `i32 [tokens, per_token]`, sorted by group; the number of groups stands for none.
     pub segments: Segments,
-    /// How many groups a token can use: the smaller of its experts and the groups there are.
-    pub per_token: usize,
+    pub(crate) per_token: usize,
     pub(crate) rows: Value,
 }
 
 impl ActiveGroups {
+    /// How many groups a token can use: the smaller of its experts and the groups there are.
+    #[must_use]
+    pub fn per_token(&self) -> usize {
+        self.per_token
+    }
+
     /// `i32 [tokens, top_k]`: the row, of `tokens * per_token`, that belongs to the group of each pair's expert; one past the last
     /// for a pair that belongs to no expert.
     #[must_use]
@@ -41,13 +46,24 @@ impl Graph {
     /// they first appear among a token's choices. `segments` are of experts chosen as `[tokens, top_k]`.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the groups do not divide the experts, [`Error::Shape`] if the experts chosen are not a matrix.
+    /// [`Error::Setting`] if the groups do not divide the experts, [`Error::Shape`] if the experts chosen are not a matrix, or not of as
+    /// many experts.
     pub fn active_groups(
         &mut self,
         segments: Segments,
         experts: usize,
         groups: usize,
     ) -> Result<ActiveGroups> {
+        let segment_count = self.ty(segments.offsets)?.elements() - 1;
+        if segment_count != experts + usize::from(segments.none) {
+            return Err(Error::shape(
+                "active_groups",
+                format!(
+                    "the segments are of {} experts, expected {experts}",
+                    segment_count - usize::from(segments.none)
+                ),
+            ));
+        }
         let outputs = self.apply(FindGroups { experts, groups }, &[segments.experts])?;
         Ok(ActiveGroups {
             per_token: self.ty(outputs[0])?.shape.last(),

@@ -29,7 +29,7 @@ struct CombineBackward {
 
 impl Graph {
     /// `v[row] = sum over the pairs p of that row of gates[p] u[p]`: `u` is `[pairs, width]`, `gates` `[tokens, top_k]`, the result
-    /// `[tokens * groups.per_token, width]`: for every token a row for each of its active groups, zeros where it has fewer.
+    /// `[tokens * groups.per_token(), width]`: for every token a row for each of its active groups, zeros where it has fewer.
     ///
     /// # Errors
     /// [`Error::Shape`] if the shapes do not fit.

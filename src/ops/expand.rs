@@ -27,6 +27,8 @@ const WORKGROUP: usize = 64;
 /// Latents up to this width are expanded in one kernel. On software Vulkan (1,024 pairs to width 256) one kernel takes 6.3 ms at width 16, where
 /// two take 11.7, and 28.6 ms at width 64, where two take 19.6.
 const NARROW: usize = 32;
+/// Scratch memory that the two launches may take; beyond it one kernel does it all.
+const MAX_SCRATCH_BYTES: u64 = 256 << 20;
 /// With fewer tokens there is little to be read again.
 const FEW_TOKENS: usize = 16;
 
@@ -309,7 +311,7 @@ impl Op for Expand {
         let scratch_bytes = (sizes.tokens * sizes.slots * sizes.out) as u64 * 4;
         if sizes.input > NARROW
             && sizes.tokens >= FEW_TOKENS
-            && scratch_bytes <= capabilities.max_binding_bytes
+            && scratch_bytes <= capabilities.max_binding_bytes.min(MAX_SCRATCH_BYTES)
         {
             self.wide(&sizes, capabilities)
         } else {

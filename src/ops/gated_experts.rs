@@ -46,7 +46,7 @@ pub struct Projection {
 impl Graph {
     /// The hidden numbers `[pairs, out]` of feed-forward experts: `activation(gate) * up`, each the product of a pair's row with the
     /// matrix of its expert; without `up`, `activation(gate)`. With `groups` a pair reads the row of its token and its expert's group
-    /// (x being `[tokens * groups.per_token, in]`); without, the slots of a token share its row, as in [`Graph::shrink`].
+    /// (x being `[tokens * groups.per_token(), in]`); without, the slots of a token share its row, as in [`Graph::shrink`].
     /// Pairs of no expert get zeros.
     ///
     /// # Errors
@@ -59,6 +59,19 @@ impl Graph {
         segments: Segments,
         groups: Option<&ActiveGroups>,
     ) -> Result<Value> {
+        if let Some(groups) = groups {
+            let tokens = self.ty(groups.rows)?.dims()[0];
+            let rows = self.ty(gate.x)?.shape.rows();
+            if rows != tokens * groups.per_token {
+                return Err(Error::shape(
+                    "gated_experts",
+                    format!(
+                        "the gate's operand has {rows} rows, expected {} for each of {tokens} tokens",
+                        groups.per_token
+                    ),
+                ));
+            }
+        }
         let op = GatedExperts {
             activation,
             gated: up.is_some(),

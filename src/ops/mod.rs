@@ -127,7 +127,8 @@ pub struct IndexRange {
 /// Where a value is stored in 16 bits (see [`Precision`](crate::Precision)) the kernels' text is rewritten to read and write it so. That
 /// needs each float binding declared on one line, `@group(0) @binding(N) var<storage, read> name: array<f32>;` (or `read_write`;
 /// `vec2<f32>`, `vec4<f32>`), touched only as `name[index]`, and written only by statements `name[index] = value;` or with `+=`, `-=`,
-/// `*=`, `/=` on one line. A kernel that does not keep to that is an error when a session is compiled.
+/// `*=`, `/=` on one line. A kernel that does not keep to that is an error when a session is compiled. Floats must not be read as integers: a read-only binding
+/// declared as `array<u32>` or `array<i32>` is left as it is.
 pub trait Op: fmt::Debug + Send + Sync + 'static {
     /// The name in messages and tables.
     fn name(&self) -> &'static str;

@@ -29,7 +29,9 @@ pub enum Rotation {
     Planes,
     /// A chain of plane rotations over all pairs of coordinates, one after another: r (r - 1) / 2 numbers.
     Givens,
-    /// (I - Q)⁻¹ (I + Q) with Q skew-symmetric: r (r - 1) / 2 numbers.
+    /// (I - Q)⁻¹ (I + Q) with Q skew-symmetric: r (r - 1) / 2 numbers. Lengths are kept to 3e-6 for ‖Q‖ up to 10; with entries of
+    /// hundreds the system has no digits left in f32, with thousands it may give infinities. `RotMole::with_bounded_generator` keeps
+    /// entries within ±π.
     Cayley,
     /// ⌈log₂ r⌉ stages of plane rotations: stage s turns the pairs (i, i + 2ˢ) where bit s of i is 0 and i + 2ˢ < r. Where r is a power of
     /// two, these are r / 2 log₂ r numbers, and every coordinate of the result depends on every coordinate of what is rotated; another

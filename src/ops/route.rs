@@ -14,6 +14,8 @@ use crate::ops::{
 use crate::tensor::TensorType;
 
 const WORKGROUP: usize = 64;
+/// Numbers a token that the forward kernel keeps for the backward one.
+const NORMS: usize = 4;
 
 /// Where each token goes, and with which weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +71,8 @@ impl Route {
     }
 }
 
-/// Operands logits, the selection bias if `biased`. Results experts, gates, norms `[tokens, 2]`: the exponent taken off and the sum.
+/// Operands logits, the selection bias if `biased`. Results experts, gates, norms `[tokens, 4]`: the exponent taken off, the sum, and the part of
+/// the softmax that is not chosen.
 #[derive(Clone, Copy, Debug)]
 struct RouteForward {
     route: Route,
@@ -125,7 +128,8 @@ fn key<R: Real>(score: R) -> f64 {
     if score.is_nan() {
         f64::NEG_INFINITY
     } else {
-        score.f64().max(f64::MIN)
+        // -0 + 0 is 0.
+        score.f64().max(f64::MIN) + 0.0
     }
 }
 
@@ -185,7 +189,7 @@ impl RouteForward {
             .par_chunks(experts)
             .zip(chosen.par_chunks_mut(top_k))
             .zip(gates.par_chunks_mut(top_k))
-            .zip(norms.par_chunks_mut(2));
+            .zip(norms.par_chunks_mut(NORMS));
         tokens.for_each(|(((logits, chosen), gates), norms)| {
             let mut order: Vec<usize> = (0..experts).collect();
             // Stable: equal ones stay in the order of the experts.
@@ -217,7 +221,13 @@ impl RouteForward {
                 *chosen = expert as i32;
                 *gate = R::of(f64::from(scale)) * (weight(expert) / sum);
             }
-            norms.copy_from_slice(&[largest, sum]);
+            let rest: R = if renormalize || plain {
+                R::zero()
+            } else {
+                let unchosen = order[top_k..].iter();
+                unchosen.map(|&expert| weight(expert) / sum).sum()
+            };
+            norms.copy_from_slice(&[largest, sum, rest, R::zero()]);
         });
         Ok(())
     }
@@ -256,7 +266,7 @@ impl Op for RouteForward {
         Ok(vec![
             TensorType::i32([tokens, top_k]),
             TensorType::f32([tokens, top_k]),
-            TensorType::f32([tokens, 2]),
+            TensorType::f32([tokens, NORMS]),
         ])
     }
 
@@ -322,7 +332,8 @@ impl RouteBackward {
                     &d_gates[slots],
                 );
                 let logits = &logits[token * experts..(token + 1) * experts];
-                let (largest, sum) = (norms[2 * token], norms[2 * token + 1]);
+                let norms = &norms[NORMS * token..];
+                let (largest, sum, rest) = (norms[0], norms[1], norms[2]);
                 let pairs = || gates.iter().zip(d_gates);
                 let mean: R = pairs().map(|(&gate, &d_gate)| gate * d_gate).sum();
                 for (d_logit, &logit) in d_logits.iter_mut().zip(logits) {
@@ -333,19 +344,22 @@ impl RouteBackward {
                     };
                 }
                 for ((&expert, &gate), &d_gate) in chosen.iter().zip(gates).zip(d_gates) {
-                    // g_e sum g_i (G_e - G_i) equals g_e (G_e - m), but keeps its digits when one gate is nearly 1.
-                    let part = if renormalize {
+                    // Sums of differences: G_e - m keeps its digits when one gate is nearly 1.
+                    let differences = || -> R {
                         pairs()
                             .map(|(&g, &d)| inverse_scale * g * (d_gate - d))
                             .sum()
-                    } else {
-                        d_gate
+                    };
+                    let part = match score {
+                        _ if renormalize => differences(),
+                        Score::Softmax => differences() + rest * d_gate,
+                        Score::Sigmoid => d_gate,
                     };
                     let complement = match score {
                         Score::Softmax => R::one(),
                         Score::Sigmoid => sigmoids(logits[expert as usize]).1,
                     };
-                    d_logits[expert as usize] += complement * gate * part;
+                    d_logits[expert as usize] = complement * gate * part;
                 }
             });
         Ok(())
@@ -361,7 +375,7 @@ impl Op for RouteBackward {
         expect_count(self.name(), inputs, 5)?;
         let [tokens, top_k] = dims_f32(self.name(), "the gates", &inputs[2])?;
         expect_i32(self.name(), "the experts", &inputs[1], &[tokens, top_k])?;
-        expect_f32(self.name(), "the norms", &inputs[3], &[tokens, 2])?;
+        expect_f32(self.name(), "the norms", &inputs[3], &[tokens, NORMS])?;
         expect_f32(
             self.name(),
             "the gradient of the gates",

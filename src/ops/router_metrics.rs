@@ -44,7 +44,7 @@ impl Graph {
         capacity: Option<usize>,
     ) -> Result<RouterMetrics> {
         let op = Metrics {
-            capacity: capacity.unwrap_or(i32::MAX as usize),
+            capacity: capacity.unwrap_or(usize::MAX).min(i32::MAX as usize),
         };
         let outputs = self.apply(op, &[logits, chosen.offsets])?;
         Ok(RouterMetrics {
@@ -72,7 +72,8 @@ impl Metrics {
                 let (max, sum) = max_and_sum(logits);
                 let mixed: R = logits
                     .iter()
-                    .map(|&logit| (logit - max).exp() * (logit - max))
+                    // An expert that is masked out has no part in the entropy: not 0 times infinity.
+                    .map(|&logit| (logit - max).exp() * (logit - max).max(R::of(-200.0)))
                     .sum();
                 sum.ln() - mixed / sum
             })

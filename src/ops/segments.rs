@@ -27,7 +27,8 @@ impl Layout {
 }
 
 /// Which expert each (token, slot) pair belongs to, and the pairs sorted by expert: what grouped operations gather through.
-/// Made by [`Graph::segments`] and [`Graph::route`] alone: kernels rely on its indices being in range.
+/// Made by methods of [`Graph`] alone: kernels rely on its
+/// indices being in range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segments {
     pub(crate) experts: Value,

@@ -183,14 +183,20 @@ impl AccumulatedUpdate {
     /// it did. To be called after every such run, once.
     ///
     /// # Errors
-    /// As [`Optimizer::prepare`] and [`Session::run`]; the micro-batch is then not counted, so that the call can be made again.
+    /// As [`Optimizer::prepare`] and [`Session::run`]; the micro-batch is then not counted. After an error of `prepare` (a rate that makes no
+    /// sense) the call can be made again; after [`Error::NotFinite`] of checked mode, or with the device lost, part of the step may have
+    /// happened.
     pub fn micro_batch_done(&mut self, learning_rate: f64) -> Result<bool> {
         if self.done + 1 < self.micro_batches {
             self.done += 1;
             return Ok(false);
         }
         self.optimizer.prepare(&mut self.session, learning_rate)?;
-        self.session.run()?;
+        if let Err(error) = self.session.run() {
+            // The step did not happen.
+            self.optimizer.resume_at(self.optimizer.steps() - 1);
+            return Err(error);
+        }
         self.done = 0;
         Ok(true)
     }

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::graph::{
     Gradients, Graph, Init, MASTER, ParameterStore, Session, Source, Storage, Value,
 };
-use crate::ops::AdamWConstants;
+use crate::ops::{AdamWConstants, LossScaling};
 use crate::tensor::{Tensor, TensorType};
 use crate::train::loss_scaling::LOSS_SCALE;
 
@@ -30,17 +30,21 @@ pub struct Optimizer {
     pub norm: Option<Value>,
     /// `[scale, good steps since it changed, steps taken, steps skipped]` after the step; kept as an output. `None` without loss scaling.
     pub loss_scale: Option<Value>,
+    scaling: Option<LossScaling>,
     /// Steps done so far.
     step: u64,
 }
+
+/// A norm that no finite gradient has: clipping to it does nothing. Over the smallest norm there is, 1e-6, it is still finite.
+const UNLIMITED: f32 = 1e30;
 
 impl AdamW {
     /// Adds the update of every parameter that has a gradient to the graph. The moments are parameters of the store, named
     /// `adamw.first.NAME` and `adamw.second.NAME`; they start at zero and are saved with it. A parameter stored in 16 bits has a master
     /// copy in f32, `adamw.master.NAME`, which is what is updated; the parameter follows it, rounded.
     ///
-    /// Gradients of [`Graph::backward_scaled`] are divided by the scale; a step whose gradients are not finite changes nothing, and is not
-    /// counted in the bias corrections.
+    /// Gradients of [`Graph::backward_scaled`] are divided by the scale; a step whose gradients are not finite changes no parameter that
+    /// is trained, and is not counted in the bias corrections.
     ///
     /// # Errors
     /// [`Error::Setting`] if a constant makes no sense or there is nothing to update.
@@ -72,10 +76,14 @@ impl AdamW {
                 "no trainable parameter reaches the loss",
             ));
         }
+        for &(parameter, gradient) in gradients.pairs() {
+            graph.ty(parameter)?;
+            graph.ty(gradient)?;
+        }
         let schedule = graph.input(SCHEDULE_INPUT, TensorType::f32([3]))?;
         let limit = match (self.max_norm, gradients.scaling) {
             // Without clipping the norm is still what tells an overflow.
-            (None, Some(_)) => Some(f32::MAX),
+            (None, Some(_)) => Some(UNLIMITED),
             (max_norm, _) => max_norm,
         };
         let mut norm = match limit {
@@ -148,6 +156,7 @@ impl AdamW {
             schedule,
             norm,
             loss_scale,
+            scaling: gradients.scaling,
             step: 0,
         })
     }
@@ -189,8 +198,8 @@ impl Optimizer {
         self.step = step;
     }
 
-    /// Sets all moments in a store back to zero and the step to 0. Master copies start again from their parameters; a loss scale
-    /// stays as it is, its counts start again.
+    /// Sets all moments in a store back to zero and the step to 0. A loss scale starts again; master copies stay
+    /// as they are.
     ///
     /// # Errors
     /// What writing to the store returns.
@@ -200,12 +209,13 @@ impl Optimizer {
             .iter()
             .filter(|name| name.starts_with("adamw."))
         {
-            let fresh = if let Some(parameter) = name.strip_prefix(MASTER) {
-                store.read(parameter)?
+            let fresh = if name.starts_with(MASTER) {
+                continue;
             } else if name == LOSS_SCALE {
-                let mut state = store.read(name)?.to_f32();
-                state[1..].fill(0.0);
-                Tensor::f32([state.len()], state)?
+                match self.scaling {
+                    Some(scaling) => scaling.start()?,
+                    None => continue,
+                }
             } else if let Some(ty) = store.ty(name) {
                 Tensor::zeros(&ty)
             } else {

@@ -37,12 +37,17 @@ impl LossScaling {
         Ok(())
     }
 
+    /// The state before the first step.
+    pub(crate) fn start(&self) -> Result<Tensor> {
+        let mut state = vec![0.0; STATE_LENGTH];
+        state[0] = self.initial;
+        Tensor::f32([STATE_LENGTH], state)
+    }
+
     /// The state in a graph: `[scale, good steps since it changed, steps taken, steps skipped]`.
     pub(crate) fn state(&self, graph: &mut Graph) -> Result<Value> {
         self.check()?;
-        let mut start = vec![0.0; STATE_LENGTH];
-        start[0] = self.initial;
-        let init = Init::Given(Tensor::f32([STATE_LENGTH], start)?);
+        let init = Init::Given(self.start()?);
         graph.in_f32(|graph| graph.parameter(LOSS_SCALE, [STATE_LENGTH], init, false))
     }
 }
@@ -51,6 +56,9 @@ impl Graph {
     /// [`Graph::backward`] of the loss times a scale that lives on the device. An optimiser built on these gradients divides by
     /// it, skips the steps whose gradients are not finite, and moves the scale as `scaling` says. The state is the parameter
     /// `adamw.loss_scale` `[4]`: the scale, good steps since it changed, steps taken, steps skipped.
+    ///
+    /// Checked mode takes an overflow for the mistake that it elsewhere is: a step that is to be skipped is an error there. Begin with a scale
+    /// that does not overflow, or do not check.
     ///
     /// # Errors
     /// As [`Graph::backward`], and [`Error::Setting`] if a number of `scaling` makes no sense.

@@ -7,6 +7,7 @@ mod cases;
 mod comol;
 mod comol_shapes;
 mod devices;
+mod everything;
 mod golden;
 mod gradients;
 mod host;
@@ -35,6 +36,7 @@ fn main() {
         comol::trials(),
         comol_shapes::trials(),
         accumulation::trials(),
+        everything::trials(),
         gradients::trials(),
         parity::trials(),
         golden::trials(),

@@ -224,9 +224,43 @@ fn the_forms_of_the_balance_loss_agree(device: &Device) -> Result<(), Failed> {
     )
 }
 
+/// Masked experts have no part in the entropy, and a capacity beyond all counts drops nothing.
+fn metrics_bear_the_extremes(device: &Device) -> Result<(), Failed> {
+    let mut graph = Graph::new();
+    let lowest = f32::MIN;
+    let logits = vec![lowest, 1.0, lowest, 1.0, lowest, lowest, lowest, lowest];
+    let logits = graph.constant(Tensor::f32([2, 4], logits)?)?;
+    let routed = graph.route(logits, 2, true)?;
+    let metrics = graph.router_metrics(logits, routed.segments, Some(usize::MAX))?;
+    for value in [metrics.dropped, metrics.entropy] {
+        graph.output(value)?;
+    }
+    let mut session = graph.compile(&ParameterStore::new(device))?;
+    let found = session.run_reading(&[metrics.dropped, metrics.entropy])?;
+    let entropy = found[1].item().unwrap_or(f64::NAN);
+    // ln 2 for two open experts, ln 4 where all are masked alike.
+    let want = (2.0_f64.ln() + 4.0_f64.ln()) / 2.0;
+    if found[0].to_f64() != [0.0; 4] || (entropy - want).abs() > 1e-6 {
+        return Err(format!("dropped {:?}, entropy {entropy}, expected {want}", found[0]).into());
+    }
+    let routing = Routing {
+        capacity: Some(Capacity {
+            factor: f64::MAX,
+            drop: DropPolicy::Gate,
+        }),
+        ..Routing::new(4, 2)
+    };
+    if routing.expert_capacity(16) == Some(32) {
+        Ok(())
+    } else {
+        Err(format!("the capacity is {:?}", routing.expert_capacity(16)).into())
+    }
+}
+
 pub fn trials() -> Vec<Trial> {
     type Check = fn(&Device) -> Result<(), Failed>;
-    let checks: [(&str, Check); 4] = [
+    let checks: [(&str, Check); 5] = [
+        ("metrics_bear_the_extremes", metrics_bear_the_extremes),
         ("gates_sum_to_the_scale", gates_sum_to_the_scale),
         (
             "the_selection_bias_follows_the_counts",

@@ -397,6 +397,81 @@ fn mixed_stores_are_sorted_out(device: &Device) -> Result<(), Failed> {
     }
 }
 
+/// A master copy that is not its parameter's any more gives way: f32 training between two trainings in 16 bits is not lost.
+fn old_masters_give_way(device: &Device) -> Result<(), Failed> {
+    let graph_in = |precision| -> Result<Graph> {
+        let mut graph = Graph::new();
+        graph.set_precision(precision);
+        let w = graph.parameter("w", [5], Init::Ones, true)?;
+        let loss = graph.sum_all(w)?;
+        let gradients = graph.backward(loss)?;
+        AdamW::default().add_to(&mut graph, &gradients)?;
+        Ok(graph)
+    };
+    let (narrow, wide) = (graph_in(Precision::F16)?, graph_in(Precision::F32)?);
+    let store = ParameterStore::new(device);
+    store.initialize(&narrow, 0)?;
+    store.convert(&wide)?;
+    // As a training in f32 does it: the parameter moves, nobody looks at the master.
+    let trained = floats(&[5], 511);
+    let mut moving = Graph::new();
+    let x = moving.input("x", TensorType::f32([5]))?;
+    let w = moving.parameter("w", [5], Init::Ones, true)?;
+    moving.assign(w, x)?;
+    let mut session = moving.compile(&store)?;
+    session.write(x, &trained)?;
+    session.run()?;
+    store.convert(&narrow)?;
+    let master = store.read("adamw.master.w")?.to_f32();
+    if master != trained.to_f32() {
+        return Err(format!("the master is {master:?}, the parameter was {trained:?}").into());
+    }
+    // The same through a file.
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("orphan.safetensors");
+    let mut file = rankmix::formats::TensorFile::default();
+    file.tensors.insert("w".to_owned(), trained);
+    file.tensors
+        .insert("adamw.master.w".to_owned(), floats(&[5], 512));
+    file.write(&path)?;
+    let fresh = ParameterStore::new(device);
+    fresh.initialize(&narrow, 0)?;
+    fresh.load(&path)?;
+    if fresh.read("adamw.master.w")?.to_f32() == master {
+        Ok(())
+    } else {
+        Err("a master of other weights was loaded".into())
+    }
+}
+
+/// What is asked for in f32 is in f32: a sum made there, and a parameter that any declaration wants there.
+fn f32_is_kept(device: &Device) -> Result<(), Failed> {
+    let mut graph = Graph::new();
+    graph.set_precision(Precision::F16);
+    let x = graph.input("x", TensorType::f32([6]))?;
+    let half = graph.scale(x, 0.3)?;
+    let other = graph.scale(x, 0.7)?;
+    let sum = graph.in_f32(|graph| graph.accumulate(half, other))?;
+    let shared = graph.parameter("shared", [6], Init::Ones, false)?;
+    graph.in_f32(|graph| graph.parameter("shared", [6], Init::Ones, false))?;
+    let product = graph.mul(sum, shared)?;
+    graph.output(sum)?;
+    graph.output(product)?;
+    let store = ParameterStore::new(device);
+    store.initialize(&graph, 0)?;
+    let session = graph.compile(&store)?;
+    let found = [
+        session.storage(sum)?,
+        session.storage(shared)?,
+        session.storage(product)?,
+    ];
+    if found == [Storage::F32, Storage::F32, Storage::F16] {
+        Ok(())
+    } else {
+        Err(format!("the sum, the parameter and the product are stored as {found:?}").into())
+    }
+}
+
 /// All of the above that needs a device only, on one opened without `shader-f16`.
 fn packed_works_without_f16(backend: &str) -> Result<(), Failed> {
     let (device, queue) = host::host_device(backend).ok_or("no adapter opens a device")?;
@@ -433,6 +508,8 @@ pub fn trials() -> Vec<Trial> {
             masters_follow_what_is_loaded,
         ),
         ("memory_is_halved", memory_is_halved),
+        ("old_masters_give_way", old_masters_give_way),
+        ("f32_is_kept", f32_is_kept),
         ("mixed_stores_are_sorted_out", mixed_stores_are_sorted_out),
     ] {
         trials.extend(devices::own_trials(&format!("storage::{name}"), check));

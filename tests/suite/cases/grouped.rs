@@ -166,6 +166,29 @@ pub fn cases() -> Vec<Case> {
         })
         .forward_only(),
     );
+    // Logits given as they are, past what a case does to its inputs: zeros of both signs are equal, masks are the lowest float, and one
+    // expert that takes nearly all leaves the others' gradients their digits.
+    let lowest = f64::from(f32::MIN);
+    for (name, logits, top_k, renormalize) in [
+        ("zeros", [-0.0, 0.0, -1.0, -0.0], 2, true),
+        ("masks", [lowest; 4], 2, true),
+        ("one_open", [lowest, lowest, 0.5, lowest], 1, false),
+        ("decided", [17.0, 0.0, -0.7, 1.5], 1, false),
+        ("decided", [10.0, 0.0, -0.7, 1.5], 2, false),
+        ("decided", [12.0, 11.0, -0.7, 1.5], 3, false),
+    ] {
+        let upstream = floats(&[1, top_k], 54);
+        let build = move |g: &mut Graph, v: &[Value]| {
+            let logits = g.constant(Tensor::f64([1, 4], logits.to_vec())?)?;
+            let routed = g.route(logits, top_k, renormalize)?;
+            let weighted = g.mul(routed.gates, v[0])?;
+            let sum = g.sum_all(weighted)?;
+            let gradient = g.gradients(sum, &[logits])?[0];
+            Ok(vec![routed.gates, routed.experts(), gradient])
+        };
+        let name = format!("route_{name}_{top_k}_of_4");
+        cases.push(Case::new(name, vec![upstream], build).forward_only());
+    }
     for (count, limit) in [
         (1, 1),
         (5, 3),
