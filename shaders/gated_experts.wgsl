@@ -69,24 +69,8 @@ fn plan(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   table_result[word] = min(row, params.rows - 1u);
 }
 
-struct SegmentTile {
-  expert: u32,
-  first: u32, // the tile's first place in the sorted order
-  end: u32,   // the end of the segment
-  found: bool,
-}
-
-// The launch has an upper bound of tiles: each finds its own by walking over the segments, so that nothing is read back.
-fn find_tile(tile: u32, pairs_per_tile: u32) -> SegmentTile {
-  var before = 0u;
-  for (var expert = 0u; expert < params.segments; expert++) {
-    let start = table[expert];
-    let end = table[expert + 1u];
-    let tiles = (end - start + pairs_per_tile - 1u) / pairs_per_tile;
-    if (tile < before + tiles) { return SegmentTile(expert, start + (tile - before) * pairs_per_tile, end, true); }
-    before += tiles;
-  }
-  return SegmentTile(0u, 0u, 0u, false);
+fn segment_start(expert: u32) -> u32 {
+  return table[expert];
 }
 
 // Four neighbours in a row, of which `left` are inside it.

@@ -9,7 +9,7 @@ use crate::ops::activation::ActivateBackward;
 use crate::ops::expand::Expand;
 use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::{
-    RowOf, expect_segments, gather, host_segments, products, row_share, weight_sizes,
+    RowOf, expect_segments, gather, host_segments, lanes, products, row_share, weight_sizes,
 };
 use crate::ops::{
     Activation, ActiveGroups, HostIo, LaunchTypes, Layout, Op, Real, Segments, dims_f32,
@@ -214,14 +214,17 @@ impl GatedExperts {
     }
 
     fn launch(&self, entry: &'static str, sizes: &Sizes) -> Launch {
-        Launch::new(shader!("gated_experts", "activation"), entry)
-            .param(sizes.pairs)
-            .param(sizes.rows)
-            .param(sizes.experts)
-            .param(sizes.experts + usize::from(self.none))
-            .param(sizes.out)
-            .param(sizes.input)
-            .param(sizes.share)
+        Launch::new(
+            shader!("gated_experts", "activation", "segment_tile"),
+            entry,
+        )
+        .param(sizes.pairs)
+        .param(sizes.rows)
+        .param(sizes.experts)
+        .param(sizes.experts + usize::from(self.none))
+        .param(sizes.out)
+        .param(sizes.input)
+        .param(sizes.share)
     }
 }
 
@@ -312,9 +315,8 @@ impl Op for GatedExperts {
                 .param(0_usize)
                 .folded(words.div_ceil(WORKGROUP), capabilities)?,
         );
-        let lanes_out = sizes.out.div_ceil(TILE_OUT).next_power_of_two().min(8);
-        let most = sizes.pairs.div_ceil(TILE_PAIRS).next_power_of_two();
-        let lanes_pairs = (WORKGROUP / lanes_out).min(most);
+        let (lanes_pairs, lanes_out) =
+            lanes([sizes.pairs, segments, sizes.out], [TILE_PAIRS, TILE_OUT]);
         // Every segment's last tile may be partly empty: at most one more tile a segment.
         let tiles = sizes.pairs.div_ceil(lanes_pairs * TILE_PAIRS) + segments.min(sizes.pairs);
         let out_groups = sizes.out.div_ceil(lanes_out * TILE_OUT);

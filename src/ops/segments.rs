@@ -125,6 +125,20 @@ pub(crate) fn expect_segments(
     Ok(pairs)
 }
 
+/// The invocations of a workgroup that work on tiles of a segment, along the pairs and along the outputs, for a kernel in which each has
+/// `tile` of both.
+pub(crate) fn lanes([pairs, segments, out]: [usize; 3], tile: [usize; 2]) -> (usize, usize) {
+    const WORKGROUP: usize = 64;
+    // Half as many pairs a workgroup as a segment has on average: a segment's last tile is half empty on average, with 64 experts of 16
+    // pairs and tiles of 64 three quarters of all would be.
+    let pairs = pairs.div_ceil(segments);
+    let along_pairs = pairs.div_ceil(2 * tile[0]).next_power_of_two();
+    let along_out = out.div_ceil(tile[1]).next_power_of_two();
+    let along_out = along_out.min(WORKGROUP / along_pairs.min(WORKGROUP / 8));
+    // Invocations that out does not need take more pairs.
+    (along_pairs.min(WORKGROUP / along_out), along_out)
+}
+
 /// How many pairs share a row: `rows * share == pairs`.
 pub(crate) fn row_share(op: &'static str, name: &str, rows: usize, pairs: usize) -> Result<usize> {
     if rows > 0 && pairs.is_multiple_of(rows) {

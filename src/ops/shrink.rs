@@ -7,14 +7,13 @@ use crate::host_reference;
 use crate::ops::expand::Expand;
 use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::{
-    RowOf, expect_segments, gather, host_segments, products, row_share, weight_sizes,
+    RowOf, expect_segments, gather, host_segments, lanes, products, row_share, weight_sizes,
 };
 use crate::ops::{HostIo, LaunchTypes, Layout, Op, Real, Segments, dims_f32, expect_count, shader};
 use crate::tensor::TensorType;
 
 /// Pairs and outputs that one invocation computes, as in `shaders/shrink.wgsl`.
 const TILE: usize = 4;
-const WORKGROUP: usize = 64;
 
 /// Inputs: x `[rows, in]`, weight, experts, order, offsets.
 #[derive(Clone, Copy, Debug)]
@@ -208,15 +207,7 @@ impl Shrink {
             input,
         } = sizes;
         let segments = experts + usize::from(self.none);
-        // No more pairs a tile than a segment has on average: with 64 experts of 16 pairs, tiles of 64 would be three quarters empty.
-        let mean_pairs = pairs.div_ceil(segments);
-        let lanes_pairs = mean_pairs.div_ceil(TILE).next_power_of_two();
-        let lanes_pairs = lanes_pairs.min(WORKGROUP / 8);
-        let lanes_out = out.div_ceil(TILE).next_power_of_two();
-        let lanes_out = lanes_out.min(WORKGROUP / lanes_pairs);
-        // Lanes that out does not need take more pairs.
-        let lanes_pairs =
-            (WORKGROUP / lanes_out).min(mean_pairs.div_ceil(TILE).next_power_of_two());
+        let (lanes_pairs, lanes_out) = lanes([pairs, segments, out], [TILE, TILE]);
         // Every segment's last tile may be partly empty: at most one more tile an expert.
         let tiles = pairs.div_ceil(lanes_pairs * TILE) + segments.min(pairs);
         let out_groups = out.div_ceil(lanes_out * TILE);
@@ -226,7 +217,7 @@ impl Shrink {
             out
         };
         let aligned = input % 4 == 0 && weight_row % 4 == 0;
-        Launch::new(shader!("shrink"), "forward")
+        Launch::new(shader!("shrink", "segment_tile"), "forward")
             .constant("LANES_OUT", lanes_out as f64)
             .constant("LANES_PAIRS", lanes_pairs as f64)
             .constant("OUT_IN", self.layout == Layout::OutIn)
