@@ -12,6 +12,7 @@ use rankmix::{
 use crate::case::{floats, floats_in};
 use crate::devices;
 use crate::metrics::relative_errors;
+use crate::popularity::{Popularity, router, rows};
 
 const ALPHA: f32 = 12.0;
 
@@ -27,6 +28,8 @@ pub struct Shape {
     pub top_k: usize,
     pub routing: CoreRouting,
     pub mix: CoreMix,
+    /// Where a sparse gate sends the tokens; `None`: wherever random weights do.
+    pub popularity: Option<Popularity>,
 }
 
 /// The parameters of a layer, by what follows its name.
@@ -48,7 +51,11 @@ impl Shape {
     }
 
     fn x(&self) -> Tensor {
-        floats(&[self.tokens, self.d_in], 410)
+        let dims = [self.tokens, self.d_in];
+        match self.popularity {
+            Some(popularity) => rows(popularity, dims, self.top_k, self.experts),
+            None => floats(&dims, 410),
+        }
     }
 
     pub fn parameters(&self) -> Parameters {
@@ -67,13 +74,25 @@ impl Shape {
             CoreRouting::Core => rank,
             CoreRouting::Raw => d_in,
         };
+        // A router that looks at one coordinate for each expert; with core routing A passes those on.
+        let passing = |count: usize, width: usize, otherwise: Tensor| match self.popularity {
+            Some(_) => router(count, width),
+            None => otherwise,
+        };
+        let mut lora_a = scaled(&[rank, d_in], 402, 1.7);
+        if self.routing == CoreRouting::Core {
+            lora_a = passing(rank, d_in, lora_a);
+        }
         vec![
             ("weight", scaled(&[d_out, d_in], 401, 1.0)),
-            ("lora_a", scaled(&[rank, d_in], 402, 1.7)),
+            ("lora_a", lora_a),
             ("lora_b", scaled(&[d_out, rank], 403, 1.0)),
             ("core", scaled(&[experts, rank, rank], 404, 1.7)),
             // Logits far apart: rounding must not decide which experts are chosen.
-            ("router", scaled(&[experts, width], 405, 6.0)),
+            (
+                "router",
+                passing(experts, width, scaled(&[experts, width], 405, 6.0)),
+            ),
         ]
     }
 
@@ -161,6 +180,7 @@ const MIDDLE: Shape = Shape {
     top_k: 0,
     routing: CoreRouting::Core,
     mix: CoreMix::Auto,
+    popularity: None,
 };
 
 /// `a b` of row-major matrices with `n` columns of `b`.

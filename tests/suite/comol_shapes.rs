@@ -7,6 +7,7 @@ use rankmix::layers::CoreRouting;
 use rankmix::ops::CoreMix;
 
 use crate::comol::{Shape, all_close};
+use crate::popularity::Popularity;
 use crate::{devices, random};
 
 fn matches_reference(device: &Device, shape: &Shape) -> Result<(), String> {
@@ -29,20 +30,33 @@ fn shapes() -> impl Strategy<Value = Shape> {
         1..65_usize,
         0..9_usize,
     );
-    (tokens, sizes, proptest::bool::ANY, 0..3_usize).prop_map(
-        |(tokens, (d_in, d_out, rank, experts, top_k), raw, mix)| Shape {
-            tokens,
-            d_in,
-            d_out,
-            rank,
-            experts,
-            top_k: top_k.min(experts),
-            routing: if raw {
-                CoreRouting::Raw
+    let popularity = proptest::option::of(proptest::sample::select(&Popularity::ALL[..]));
+    (tokens, sizes, proptest::bool::ANY, 0..3_usize, popularity).prop_map(
+        |(tokens, (d_in, d_out, rank, experts, top_k), raw, mix, popularity)| {
+            let popularity = popularity.filter(|_| top_k > 0);
+            // A coordinate for each expert in all that the router looks at.
+            let least = if popularity.is_some() { experts } else { 1 };
+            let rank = if raw { rank } else { rank.max(least) };
+            let passed_on = if popularity.is_some() && !raw {
+                rank
             } else {
-                CoreRouting::Core
-            },
-            mix: [CoreMix::Auto, CoreMix::Merge, CoreMix::Apply][mix],
+                least
+            };
+            Shape {
+                tokens,
+                d_in: d_in.max(passed_on),
+                d_out,
+                rank,
+                experts,
+                top_k: top_k.min(experts),
+                routing: if raw {
+                    CoreRouting::Raw
+                } else {
+                    CoreRouting::Core
+                },
+                mix: [CoreMix::Auto, CoreMix::Merge, CoreMix::Apply][mix],
+                popularity,
+            }
         },
     )
 }
@@ -73,6 +87,7 @@ fn extremes(device: &Device) -> Result<(), Failed> {
             top_k,
             routing,
             mix,
+            popularity: None,
         };
         matches_reference(device, &shape)?;
     }
