@@ -21,7 +21,7 @@ fn files() -> Vec<PathBuf> {
         .collect();
     files.sort();
     assert!(
-        files.len() >= 19,
+        files.len() >= 32,
         "there are only {} golden cases",
         files.len()
     );
