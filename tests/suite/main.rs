@@ -8,6 +8,7 @@ mod comol;
 mod comol_shapes;
 mod devices;
 mod everything;
+mod foreign_kernels;
 mod golden;
 mod gradients;
 mod host;
@@ -37,6 +38,7 @@ fn main() {
         comol_shapes::trials(),
         accumulation::trials(),
         everything::trials(),
+        foreign_kernels::trials(),
         gradients::trials(),
         parity::trials(),
         golden::trials(),
