@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use crate::error::{Error, Result};
 use crate::graph::recompute::Recomputed;
-use crate::graph::{Graph, Source, Storage, Value};
+use crate::graph::{Graph, ParameterSpec, Source, Storage, Value};
 use crate::ops::LossScaling;
 use crate::tensor::{DType, Tensor, TensorData, TensorType};
 
@@ -24,6 +24,32 @@ impl Gradients {
             pairs,
             scaling: None,
         }
+    }
+
+    /// Each parameter's declaration, the parameter and its gradient: what can be trained.
+    pub(crate) fn trained(&self, graph: &Graph) -> Result<Vec<(ParameterSpec, Value, Value)>> {
+        if self.pairs.is_empty() {
+            return Err(Error::setting(
+                "gradients",
+                "none",
+                "no trainable parameter reaches the loss",
+            ));
+        }
+        let trained = |&(parameter, gradient): &(Value, Value)| {
+            graph.ty(parameter)?;
+            graph.ty(gradient)?;
+            match graph.values[parameter.index as usize].source {
+                Source::Parameter(index) => {
+                    Ok((graph.parameters[index].clone(), parameter, gradient))
+                }
+                _ => Err(Error::setting(
+                    "gradients",
+                    graph.describe(parameter),
+                    "only parameters can be trained",
+                )),
+            }
+        };
+        self.pairs.iter().map(trained).collect()
     }
 
     /// The gradient of a value, if it has one.

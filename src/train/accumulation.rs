@@ -1,9 +1,7 @@
 //! Gradient accumulation: one optimiser step for several micro-batches, each of which is a run of its own.
 
 use crate::error::{Error, Result};
-use crate::graph::{
-    Gradients, Graph, Init, ParameterSpec, ParameterStore, Precision, Session, Source,
-};
+use crate::graph::{Gradients, Graph, Init, ParameterSpec, ParameterStore, Precision, Session};
 use crate::ops::LossScaling;
 use crate::tensor::Tensor;
 use crate::train::{AdamW, Optimizer};
@@ -70,24 +68,8 @@ impl GradientAccumulation {
     /// # Errors
     /// [`Error::Setting`] if there are no gradients or one is not a parameter's, [`Error::Shape`] if the graph accumulates already.
     pub fn add_to(&self, graph: &mut Graph, gradients: &Gradients) -> Result<Accumulated> {
-        if gradients.pairs().is_empty() {
-            return Err(Error::setting(
-                "gradients",
-                "none",
-                "no trainable parameter reaches the loss",
-            ));
-        }
         let mut parameters = Vec::with_capacity(gradients.pairs().len());
-        for &(parameter, gradient) in gradients.pairs() {
-            graph.ty(parameter)?;
-            let Source::Parameter(index) = graph.values[parameter.index as usize].source else {
-                return Err(Error::setting(
-                    "gradients",
-                    graph.describe(parameter),
-                    "only parameters can be trained",
-                ));
-            };
-            let spec = graph.parameters[index].clone();
+        for (spec, _, gradient) in gradients.trained(graph)? {
             let shape = spec.ty.shape.clone();
             let name = format!("{PREFIX}{}", spec.name);
             let sum = graph.in_f32(|graph| graph.parameter(&name, &shape, Init::Zeros, false))?;

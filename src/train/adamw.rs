@@ -1,9 +1,7 @@
 //! AdamW as part of a graph: the update is recorded with the forward and the backward pass and runs in the same submission.
 
 use crate::error::{Error, Result};
-use crate::graph::{
-    Gradients, Graph, Init, MASTER, ParameterStore, Session, Source, Storage, Value,
-};
+use crate::graph::{Gradients, Graph, Init, MASTER, ParameterStore, Session, Storage, Value};
 use crate::ops::{AdamWConstants, LossScaling};
 use crate::tensor::{Tensor, TensorType};
 use crate::train::loss_scaling::LOSS_SCALE;
@@ -69,17 +67,7 @@ impl AdamW {
                 return Err(Error::setting(setting, value, "must not be negative"));
             }
         }
-        if gradients.pairs().is_empty() {
-            return Err(Error::setting(
-                "gradients",
-                "none",
-                "no trainable parameter reaches the loss",
-            ));
-        }
-        for &(parameter, gradient) in gradients.pairs() {
-            graph.ty(parameter)?;
-            graph.ty(gradient)?;
-        }
+        let trained = gradients.trained(graph)?;
         let schedule = graph.input(SCHEDULE_INPUT, TensorType::f32([3]))?;
         let limit = match (self.max_norm, gradients.scaling) {
             // Without clipping the norm is still what tells an overflow.
@@ -88,11 +76,7 @@ impl AdamW {
         };
         let mut norm = match limit {
             Some(max_norm) => {
-                let all: Vec<Value> = gradients
-                    .pairs()
-                    .iter()
-                    .map(|&(_, gradient)| gradient)
-                    .collect();
+                let all: Vec<Value> = trained.iter().map(|&(.., gradient)| gradient).collect();
                 Some(graph.gradient_norm(&all, max_norm)?)
             }
             None => None,
@@ -111,26 +95,15 @@ impl AdamW {
         for value in [norm, loss_scale].into_iter().flatten() {
             graph.output(value)?;
         }
-        for &(parameter, gradient) in gradients.pairs() {
-            let Source::Parameter(index) = graph.values[parameter.index as usize].source else {
-                return Err(Error::setting(
-                    "gradients",
-                    graph.describe(parameter),
-                    "only parameters can be trained",
-                ));
-            };
-            let (name, shape) = (
-                graph.parameters[index].name.clone(),
-                graph.parameters[index].ty.shape.clone(),
-            );
+        for (spec, parameter, gradient) in trained {
+            let (name, shape) = (spec.name, spec.ty.shape);
             let moment = |which: &str| format!("adamw.{which}.{name}");
             let master_name = format!("{MASTER}{name}");
-            let stored = graph.parameters[index].storage;
             let gradient = graph.reshape(gradient, &shape)?;
             let (first, second, master) = graph.in_f32(|graph| {
                 let first = graph.parameter(&moment("first"), &shape, Init::Zeros, false)?;
                 let second = graph.parameter(&moment("second"), &shape, Init::Zeros, false)?;
-                let master = match stored {
+                let master = match spec.storage {
                     Storage::F32 => parameter,
                     Storage::F16 => {
                         let init = Init::Copy { of: name.clone() };
@@ -204,24 +177,16 @@ impl Optimizer {
     /// # Errors
     /// What writing to the store returns.
     pub fn reset(&mut self, store: &ParameterStore) -> Result<()> {
-        for name in store
-            .names()
-            .iter()
-            .filter(|name| name.starts_with("adamw."))
-        {
-            let fresh = if name.starts_with(MASTER) {
-                continue;
-            } else if name == LOSS_SCALE {
-                match self.scaling {
-                    Some(scaling) => scaling.start()?,
-                    None => continue,
-                }
-            } else if let Some(ty) = store.ty(name) {
-                Tensor::zeros(&ty)
+        let is_state = |name: &String| name.starts_with("adamw.") && !name.starts_with(MASTER);
+        for name in store.names().iter().filter(|name| is_state(name)) {
+            let fresh = if name == LOSS_SCALE {
+                self.scaling.map(|scaling| scaling.start()).transpose()?
             } else {
-                continue;
+                store.ty(name).map(|ty| Tensor::zeros(&ty))
             };
-            store.insert(name, &fresh)?;
+            if let Some(fresh) = fresh {
+                store.insert(name, &fresh)?;
+            }
         }
         self.step = 0;
         Ok(())
