@@ -12,6 +12,8 @@ pub struct AdapterSummary {
     pub backend: &'static str,
     /// The driver's name and version.
     pub driver: String,
+    /// The smallest and the largest subgroup that the driver runs kernels in, if it has subgroups.
+    pub subgroup_sizes: Option<[u32; 2]>,
     /// Limits and features.
     pub capabilities: Capabilities,
 }
@@ -110,9 +112,20 @@ fn timestamp_features() -> wgpu::Features {
 }
 
 fn summarise(adapter: &wgpu::Adapter) -> AdapterSummary {
-    let info = adapter.get_info();
+    summary_of(adapter.get_info(), &adapter.limits(), adapter.features())
+}
+
+fn summary_of(
+    info: wgpu::AdapterInfo,
+    limits: &wgpu::Limits,
+    features: wgpu::Features,
+) -> AdapterSummary {
+    let capabilities = capabilities_of(&info, limits, features);
     AdapterSummary {
-        capabilities: capabilities_of(&info, &adapter.limits(), adapter.features()),
+        subgroup_sizes: capabilities
+            .subgroups
+            .then_some([info.subgroup_min_size, info.subgroup_max_size]),
+        capabilities,
         backend: backend_name(info.backend),
         driver: [info.driver, info.driver_info].join(" ").trim().to_owned(),
         name: info.name,
@@ -233,11 +246,5 @@ pub(crate) async fn open(
 
 /// What is known of a device that a host application opened.
 pub(crate) fn summarise_device(device: &wgpu::Device) -> AdapterSummary {
-    let info = device.adapter_info();
-    AdapterSummary {
-        capabilities: capabilities_of(&info, &device.limits(), device.features()),
-        backend: backend_name(info.backend),
-        driver: [info.driver, info.driver_info].join(" ").trim().to_owned(),
-        name: info.name,
-    }
+    summary_of(device.adapter_info(), &device.limits(), device.features())
 }

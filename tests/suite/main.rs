@@ -1,5 +1,5 @@
 //! Everything that is tested on every device there is. A test is named AREA::CASE::DEVICE_MODE; one whose device is not there is
-//! ignored, by name.
+//! ignored, by name and with the reason.
 
 mod accumulation;
 mod case;
@@ -33,6 +33,9 @@ use libtest_mimic::Arguments;
 
 fn main() {
     let arguments = Arguments::from_args();
+    if !arguments.list {
+        print!("{}", devices::describe());
+    }
     let trials = [
         comol::trials(),
         comol_shapes::trials(),

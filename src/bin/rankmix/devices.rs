@@ -22,7 +22,12 @@ fn describe(adapter: &AdapterSummary) {
         c.max_workgroups_per_dimension
     );
     println!("  f16                   {}", yes(c.f16));
-    println!("  subgroups             {}", yes(c.subgroups));
+    let subgroups = match adapter.subgroup_sizes {
+        Some([smallest, largest]) if smallest == largest => format!("yes, of {smallest}"),
+        Some([smallest, largest]) => format!("yes, of {smallest} to {largest}"),
+        None => "no".to_owned(),
+    };
+    println!("  subgroups             {subgroups}");
     println!("  timestamps            {}", yes(c.timestamps));
 }
 
