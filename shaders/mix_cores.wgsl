@@ -293,12 +293,14 @@ fn backward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocati
         parts[c * WORKGROUP + local] = part;
       }
       workgroupBarrier();
-      for (var q = local; q < count * tokens_here; q += WORKGROUP) {
-        let c = q / tokens_here;
-        let here = q % tokens_here;
-        var sum = 0.0;
-        for (var lane = 0u; lane < LANES; lane++) { sum += parts[c * WORKGROUP + here * LANES + lane]; }
-        store_gate(first_token + here, first_slot + c, first_block == 0u, sum);
+      for (var q = 0u; q < count * tokens_here; q += WORKGROUP) {
+        let c = (q + local) / tokens_here;
+        let here = (q + local) % tokens_here;
+        if (c < count) {
+          var sum = 0.0;
+          for (var lane = 0u; lane < LANES; lane++) { sum += parts[c * WORKGROUP + here * LANES + lane]; }
+          store_gate(first_token + here, first_slot + c, first_block == 0u, sum);
+        }
       }
       workgroupBarrier();
     }
@@ -356,16 +358,18 @@ fn backward_four(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_inv
         parts_four[c * WORKGROUP + local] = vec4(dot(x0, w0), dot(x1, w1), dot(x2, w2), dot(x3, w3));
       }
       workgroupBarrier();
-      for (var q = local; q < count * quads_here; q += WORKGROUP) {
-        let c = q / quads_here;
-        let here = q % quads_here;
-        var sum = vec4(0.0);
-        for (var lane = 0u; lane < LANES; lane++) { sum += parts_four[c * WORKGROUP + here * LANES + lane]; }
-        let token = first_token + here * 4u;
-        store_gate(token, first_slot + c, first_block == 0u, sum.x);
-        store_gate(token + 1u, first_slot + c, first_block == 0u, sum.y);
-        store_gate(token + 2u, first_slot + c, first_block == 0u, sum.z);
-        store_gate(token + 3u, first_slot + c, first_block == 0u, sum.w);
+      for (var q = 0u; q < count * quads_here; q += WORKGROUP) {
+        let c = (q + local) / quads_here;
+        let here = (q + local) % quads_here;
+        if (c < count) {
+          var sum = vec4(0.0);
+          for (var lane = 0u; lane < LANES; lane++) { sum += parts_four[c * WORKGROUP + here * LANES + lane]; }
+          let token = first_token + here * 4u;
+          store_gate(token, first_slot + c, first_block == 0u, sum.x);
+          store_gate(token + 1u, first_slot + c, first_block == 0u, sum.y);
+          store_gate(token + 2u, first_slot + c, first_block == 0u, sum.z);
+          store_gate(token + 3u, first_slot + c, first_block == 0u, sum.w);
+        }
       }
       workgroupBarrier();
     }

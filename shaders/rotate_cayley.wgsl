@@ -81,8 +81,9 @@ fn solve(row: u32, local: u32, sign: f32) {
   for (var k = RANK - 1u; k > 0u; k--) {
     workgroupBarrier();
     let x = matrix[k] / matrix[k * RANK + k];
-    for (var i = local; i < k; i += WORKGROUP) {
-      matrix[i] -= matrix[k * RANK + i] * x;
+    for (var first = 0u; first < k; first += WORKGROUP) {
+      let i = first + local;
+      if (i < k) { matrix[i] -= matrix[k * RANK + i] * x; }
     }
   }
   workgroupBarrier();

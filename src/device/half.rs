@@ -202,7 +202,7 @@ fn functions(one: Declared<'_>, form: HalfForm) -> String {
     let read = match (form, element) {
         (HalfForm::Native, _) => format!("{wide}({name}[i])"),
         (HalfForm::Packed, Element::Scalar) => {
-            format!("unpack2x16float({name}[i >> 1u])[i & 1u]")
+            format!("unpack2x16float({name}[i >> 1u] >> ((i & 1u) * 16u)).x")
         }
         (HalfForm::Packed, Element::Vec2) => format!("unpack2x16float({name}[i])"),
         (HalfForm::Packed, Element::Vec4) => {
@@ -210,6 +210,23 @@ fn functions(one: Declared<'_>, form: HalfForm) -> String {
         }
     };
     let mut text = format!("\nfn half_load_{name}(i: u32) -> {wide} {{ return {read}; }}\n");
+    // A component that is chosen at run time is chosen in memory. Microsoft's FXC picks one of a vector by multiplying the others with
+    // zero: beside an infinity, or what lies past an array's end, that makes a NaN.
+    let component = match (form, element) {
+        (_, Element::Scalar) => None,
+        (HalfForm::Native, _) => Some(format!("f32({name}[i][c])")),
+        (HalfForm::Packed, Element::Vec2) => {
+            Some(format!("unpack2x16float({name}[i] >> ((c & 1u) * 16u)).x"))
+        }
+        (HalfForm::Packed, Element::Vec4) => Some(format!(
+            "unpack2x16float({name}[i][c >> 1u] >> ((c & 1u) * 16u)).x"
+        )),
+    };
+    if let Some(component) = component {
+        text.push_str(&format!(
+            "fn half_component_{name}(i: u32, c: u32) -> f32 {{ return {component}; }}\n"
+        ));
+    }
     if writable {
         let narrow = match (form, element) {
             (HalfForm::Native, Element::Vec2) => "vec2(half_narrow(v.x), half_narrow(v.y))",
@@ -270,6 +287,13 @@ fn expression(text: &str, declared: &[Declared<'_>]) -> Result<String, String> {
         let rest = &text[close + 1..];
         let load = format!("half_load_{word}({index})");
         match assignment(rest)? {
+            None if array.element != Element::Scalar && rest.starts_with('[') => {
+                let end = closing(rest, 0)
+                    .ok_or_else(|| format!("the index of a component spans lines: {text}"))?;
+                let component = expression(&rest[1..end], declared)?;
+                out.push_str(&format!("half_component_{word}({index}, {component})"));
+                at = close + 1 + end + 1;
+            }
             None => {
                 out.push_str(&load);
                 at = close + 1;
@@ -367,7 +391,7 @@ mod tests {
             "enable f16;",
             "var<storage, read> x: array<vec4<f16>>;",
             "var<storage, read_write> y: array<f16>;",
-            "let v = half_load_x(order[q] >> 2u)[order[q] & 3u] + half_load_x(q).x;",
+            "let v = half_component_x(order[q] >> 2u, order[q] & 3u) + half_load_x(q).x;",
             "if (half_load_y(q) == 1.0) { half_store_y(q, half_load_y(q) + (v * half_load_x(u32(half_load_y(0))).w)); }",
             "half_store_y(q + 1u, v);",
         ] {

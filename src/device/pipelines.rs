@@ -128,8 +128,10 @@ impl Gpu {
                     entry_point: Some(launch.entry),
                     compilation_options: wgpu::PipelineCompilationOptions {
                         constants: &launch.constants,
-                        // In GLSL the zeros are written out one by one: 4,096 words take the compiler minutes.
-                        zero_initialize_workgroup_memory: self.checked && !self.is_gl(),
+                        // In GLSL and HLSL the zeros are written out one by one: a few thousand take Mesa's compiler and Microsoft's
+                        // FXC minutes.
+                        zero_initialize_workgroup_memory: self.checked
+                            && !matches!(self.summary.backend, "gl" | "dx12"),
                     },
                     cache: None,
                 });
