@@ -7,23 +7,14 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::device::{
-    Bound, Buffer, CommandEncoder, Gpu, HostBuffer, Launch, LaunchTiming, Recording, Slot,
+    Bound, Buffer, CommandEncoder, Gpu, HostBuffer, Launch, LaunchTiming, Recording,
 };
 use crate::error::{Error, Result};
 use crate::graph::Storage;
 use crate::graph::compiled::Compiled;
-use crate::graph::halves::conversion;
+use crate::graph::launches::{Operand, Resolved, resolve};
 use crate::graph::plan::{Place, Plan};
-use crate::ops::shader;
 use crate::tensor::{DType, Tensor, TensorData, TensorType};
-
-/// What a kernel's binding refers to, so that it can be bound again when the host brings a buffer of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Operand {
-    Value(u32),
-    Scratch(Place),
-    Checks,
-}
 
 /// A NaN scan of checked mode.
 #[derive(Debug)]
@@ -46,8 +37,6 @@ pub(crate) struct GpuExecutor {
     /// Readback buffers by value, made when first asked for.
     staging: HashMap<u32, Buffer>,
 }
-
-const WORKGROUP: usize = 64;
 
 impl GpuExecutor {
     pub(crate) fn new(
@@ -79,7 +68,10 @@ impl GpuExecutor {
             memory.insert(Place::Parameter(index), bound(buffer, bytes));
         }
 
-        let (launches, checked_values) = resolve(gpu, plan, compiled)?;
+        let Resolved {
+            launches,
+            checked_values,
+        } = resolve(&gpu.summary.capabilities, gpu.checked, plan, compiled)?;
         let checks = if checked_values.is_empty() {
             None
         } else {
@@ -278,67 +270,6 @@ impl GpuExecutor {
         }
         Ok(())
     }
-}
-
-type Resolved = (Vec<(Launch, Vec<Operand>)>, Vec<u32>);
-
-/// The launches of a plan in order, copies and checks included, with their operands.
-fn resolve(gpu: &Gpu, plan: &Plan, compiled: &Compiled) -> Result<Resolved> {
-    let capabilities = &gpu.summary.capabilities;
-    let mut launches = Vec::new();
-    let mut checked_values = Vec::new();
-    for step in &plan.steps {
-        let node = &compiled.nodes[step.node];
-        for &(from, to) in &step.copies {
-            let stored = |value: u32| compiled.storages[value as usize];
-            let launch = if stored(from) == stored(to) {
-                let words = compiled.bytes(from).div_ceil(16) as usize;
-                Launch::new(shader!("copy"), "forward")
-                    .read(1, Slot::Input(0))
-                    .write(2, Slot::Output(0))
-                    .param(words)
-                    .folded(words.div_ceil(WORKGROUP), capabilities)?
-            } else {
-                let elements = compiled.types[from as usize].elements();
-                let (source, target) = (Slot::Input(0), Slot::Output(0));
-                conversion(stored(from), elements, source, target, capabilities)?
-            };
-            launches.push((launch, vec![Operand::Value(from), Operand::Value(to)]));
-        }
-        for launch in &step.launches.launches {
-            let operands = launch
-                .bindings
-                .iter()
-                .map(|binding| match binding.slot {
-                    Slot::Input(index) => Operand::Value(node.inputs[index]),
-                    Slot::Output(index) => Operand::Value(node.outputs[index]),
-                    Slot::Scratch(index) => Operand::Scratch(step.scratch[index]),
-                })
-                .collect();
-            launches.push((launch.clone(), operands));
-        }
-        if gpu.checked && !node.is_view {
-            for &value in &node.outputs {
-                let ty = &compiled.types[value as usize];
-                if ty.dtype == DType::I32 {
-                    continue;
-                }
-                let entry = match compiled.storages[value as usize] {
-                    Storage::F32 => "forward",
-                    Storage::F16 => "halves",
-                };
-                let launch = Launch::new(shader!("check_finite"), entry)
-                    .read(1, Slot::Output(0))
-                    .write(2, Slot::Scratch(0))
-                    .param(ty.elements())
-                    .param(checked_values.len())
-                    .folded(ty.elements().div_ceil(WORKGROUP), capabilities)?;
-                checked_values.push(value);
-                launches.push((launch, vec![Operand::Value(value), Operand::Checks]));
-            }
-        }
-    }
-    Ok((launches, checked_values))
 }
 
 /// A host tensor's elements as kernels read them, floats in 32 bits.

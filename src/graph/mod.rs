@@ -5,6 +5,7 @@ mod compiled;
 mod gpu_executor;
 mod halves;
 mod host_executor;
+mod launches;
 mod plan;
 mod precision;
 mod recompute;

@@ -5,9 +5,9 @@
 
 use std::collections::BTreeSet;
 
-use crate::device::{BUFFER_ALIGNMENT, Capabilities, Launch, Launches};
+use crate::device::{BUFFER_ALIGNMENT, Capabilities, Launches};
 use crate::error::{Error, Result};
-use crate::graph::halves::{Operands, lower, storages};
+use crate::graph::halves::{Operands, lower};
 use crate::graph::{Graph, Source, Storage, Value};
 use crate::ops::{AliasKind, LaunchTypes};
 use crate::tensor::{DType, TensorType};
@@ -98,29 +98,6 @@ impl Target<'_> {
             _ => self.float_bytes,
         };
         (ty.elements() as u64 * element).next_multiple_of(BUFFER_ALIGNMENT)
-    }
-}
-
-impl Graph {
-    /// The kernels that a session on a device of these capabilities would run, in order, as data: to be looked at, checked and
-    /// counted without a device. Copies that the planner adds are not among them.
-    ///
-    /// # Errors
-    /// [`Error::Limit`] if an operation is more than such a device can do.
-    pub fn launches(&self, capabilities: &Capabilities) -> Result<Vec<Launch>> {
-        let plan = plan(
-            self,
-            Target {
-                capabilities: Some(capabilities),
-                float_bytes: 4,
-            },
-            storages(self, |index| self.parameters[index].storage),
-        )?;
-        Ok(plan
-            .steps
-            .into_iter()
-            .flat_map(|step| step.launches.launches)
-            .collect())
     }
 }
 

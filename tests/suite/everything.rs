@@ -7,7 +7,7 @@ use rankmix::layers::{
     RouterOutput, Routing,
 };
 use rankmix::ops::{DropPolicy, Score};
-use rankmix::train::{AdamW, GradientAccumulation, LossScaling};
+use rankmix::train::{Accumulated, AdamW, GradientAccumulation, LossScaling};
 use rankmix::{Device, Graph, ParameterStore, Precision, Result, Tensor, TensorType, Value};
 
 use crate::case::{floats, ints};
@@ -77,12 +77,15 @@ struct Setting {
     seed: u32,
 }
 
-/// Four micro-batches, which make two steps: their losses, and everything that is in the store after them.
-fn train(
-    device: &Device,
-    forward: Forward,
-    setting: Setting,
-) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+/// A step over a micro-batch, which accumulates its gradients.
+struct Step {
+    graph: Graph,
+    inputs: [Value; 2],
+    loss: Value,
+    accumulated: Accumulated,
+}
+
+fn step(forward: Forward, setting: Setting) -> Result<Step> {
     let mut graph = Graph::new();
     graph.set_training(setting.training);
     graph.set_precision(setting.precision);
@@ -117,6 +120,52 @@ fn train(
         router.update_selection_bias(&mut graph, 0.01)?;
     }
     let accumulated = GradientAccumulation::new(2)?.add_to(&mut graph, &gradients)?;
+    Ok(Step {
+        graph,
+        inputs: [x, labels],
+        loss,
+        accumulated,
+    })
+}
+
+fn adamw() -> AdamW {
+    AdamW {
+        max_norm: Some(1.0),
+        ..AdamW::default()
+    }
+}
+
+/// The graphs of every layer's training: the step, and the update after the micro-batches.
+pub fn graphs(precision: Precision) -> Vec<Graph> {
+    let setting = Setting {
+        precision,
+        recompute: false,
+        training: true,
+        seed: 0,
+    };
+    let graphs = LAYERS.into_iter().flat_map(|(_, forward)| {
+        let step = step(forward, setting).expect("the layers are sound");
+        let update = step
+            .accumulated
+            .update_graph(&adamw())
+            .expect("the update is sound");
+        [step.graph, update.0]
+    });
+    graphs.collect()
+}
+
+/// Four micro-batches, which make two steps: their losses, and everything that is in the store after them.
+fn train(
+    device: &Device,
+    forward: Forward,
+    setting: Setting,
+) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+    let Step {
+        graph,
+        inputs: [x, labels],
+        loss,
+        accumulated,
+    } = step(forward, setting)?;
     let store = ParameterStore::new(device);
     store.initialize(&graph, 11)?;
     // B starts at zero: something of the adapters must be seen in the first step.
@@ -129,11 +178,7 @@ fn train(
     if session.random().is_some() {
         session.set_random(setting.seed, 0)?;
     }
-    let adamw = AdamW {
-        max_norm: Some(1.0),
-        ..AdamW::default()
-    };
-    let mut update = accumulated.compile(&adamw, &store)?;
+    let mut update = accumulated.compile(&adamw(), &store)?;
     let mut losses = Vec::new();
     for batch in 0..4 {
         session.write(x, &floats(&[TOKENS, WIDTH], 521 + batch))?;

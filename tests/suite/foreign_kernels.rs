@@ -69,10 +69,11 @@ fn launches(shader: Shader, f16: bool) -> Result<Vec<Launch>> {
     let half = graph.scale(x, 1.0)?;
     let doubled = graph.apply(Double { shader }, &[half])?[0];
     graph.output(doubled)?;
-    graph.launches(&Capabilities {
+    let capabilities = Capabilities {
         f16,
         ..Capabilities::webgpu_defaults()
-    })
+    };
+    graph.launches(&capabilities, false)
 }
 
 fn only_what_can_be_rewritten_runs() -> Result<(), Failed> {

@@ -12,6 +12,7 @@ mod foreign_kernels;
 mod golden;
 mod gradients;
 mod host;
+mod kernels;
 mod layers;
 mod losses;
 mod metrics;
@@ -29,9 +30,14 @@ mod shaders;
 mod storage;
 mod training;
 
+use std::path::Path;
+
 use libtest_mimic::Arguments;
 
 fn main() {
+    if let Some(folder) = std::env::var_os("RANKMIX_WRITE_KERNELS") {
+        return write_kernels(Path::new(&folder));
+    }
     let arguments = Arguments::from_args();
     if !arguments.list {
         print!("{}", devices::describe());
@@ -63,4 +69,15 @@ fn main() {
     .flatten()
     .collect();
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// Instead of testing: writes every kernel into a folder, for other compilers to judge, and the kernels with a fault into `faults` in it.
+fn write_kernels(folder: &Path) {
+    let faults = folder.join("faults");
+    std::fs::create_dir_all(&faults).expect("a folder that can be written");
+    for (kernels, folder) in [(kernels::all(), folder), (kernels::faults::all(), &faults)] {
+        let findings =
+            kernels::write::write(&kernels, folder).expect("a folder that can be written");
+        println!("{} kernels, {findings} findings", kernels.len());
+    }
 }

@@ -8,6 +8,7 @@ mod model_parts;
 mod noise;
 mod products;
 mod rotation;
+mod tiles;
 
 use crate::case::Case;
 
@@ -22,6 +23,7 @@ pub fn all() -> Vec<Case> {
         model_parts::cases(),
         noise::cases(),
         rotation::cases(),
+        tiles::cases(),
     ]
     .into_iter()
     .flatten()

@@ -1,0 +1,225 @@
+//! Every size of tile and workgroup that operations choose by their operands' shapes, at the smallest shapes that get it: one case an operation,
+//! in both directions. `shaders::cases_reach_every_tile` says which are missing.
+
+use rankmix::ops::{Activation, CoreMix, Layout, MatMul, Projection, Rotation, Routed};
+use rankmix::{Graph, Result, Tensor, Value};
+
+use crate::case::{Case, floats, floats_in, ints};
+
+type Build = Box<dyn Fn(&mut Graph, &[Value]) -> Result<Value> + Send + Sync>;
+
+/// One operation at many shapes.
+#[derive(Default)]
+struct Shapes {
+    inputs: Vec<Tensor>,
+    builds: Vec<(usize, Build)>,
+}
+
+impl Shapes {
+    /// The operation on these inputs.
+    fn add(
+        &mut self,
+        inputs: Vec<Tensor>,
+        build: impl Fn(&mut Graph, &[Value]) -> Result<Value> + Send + Sync + 'static,
+    ) {
+        self.builds.push((inputs.len(), Box::new(build)));
+        self.inputs.extend(inputs);
+    }
+
+    /// All of them in one graph: the results, and the gradients of all float inputs for an upstream gradient of half the result.
+    fn case(self, name: &str) -> Case {
+        let Self { inputs, builds } = self;
+        let is_float: Vec<bool> = inputs
+            .iter()
+            .map(|tensor| tensor.as_i32().is_none())
+            .collect();
+        let build = move |graph: &mut Graph, values: &[Value]| {
+            let mut results = Vec::new();
+            let mut first = 0;
+            for (count, build) in &builds {
+                let own = first..first + count;
+                first = own.end;
+                let y = build(graph, &values[own.clone()])?;
+                let upstream = graph.scale(y, 0.5)?;
+                let floats: Vec<Value> = own
+                    .filter(|&input| is_float[input])
+                    .map(|input| values[input])
+                    .collect();
+                results.extend(graph.gradients_from(&[(y, upstream)], &floats)?);
+                results.push(y);
+            }
+            Ok(results)
+        };
+        Case::new(format!("tiles_of_{name}"), inputs, build).forward_only()
+    }
+}
+
+fn powers(from: usize, to: usize) -> impl Iterator<Item = usize> + Clone {
+    (0..usize::BITS)
+        .map(|exponent| 1 << exponent)
+        .filter(move |size| (from..=to).contains(size))
+}
+
+fn matrix_products() -> Case {
+    let mut shapes = Shapes::default();
+    let options = MatMul {
+        transpose_b: true,
+        ..MatMul::default()
+    };
+    // Small results have small workgroups; a batch makes enough of them.
+    for (batch, most_rows) in [(1, 256), (16, 256), (32, 512)] {
+        for m in powers(8, most_rows) {
+            for n in powers(8, 64) {
+                if batch == 1 || m * n == 4096 || (n == 8 && m < 512) {
+                    let inputs = vec![floats(&[batch, m, 4], 240), floats(&[batch, n, 4], 241)];
+                    shapes.add(inputs, move |graph, v| {
+                        graph.matmul_with(v[0], v[1], options, None)
+                    });
+                }
+            }
+        }
+    }
+    shapes.case("matmul")
+}
+
+/// Rows for which a workgroup is larger.
+fn long_rows() -> Vec<Case> {
+    const LENGTH: usize = 1025;
+    let logits = || floats_in(&[3, LENGTH], 242, -3.0, 3.0);
+    let chosen = || ints(&[3, 2], 243, LENGTH as u32);
+    let mut losses = Shapes::default();
+    losses.add(vec![logits()], |graph, v| graph.z_loss(v[0]));
+    losses.add(vec![logits(), chosen()], |graph, v| {
+        Ok(graph.balance_loss(v[0], v[1])?.loss)
+    });
+    let inputs = vec![
+        ints(&[3, 2], 244, 4),
+        floats(&[3, 2], 245),
+        floats(&[6, LENGTH], 246),
+    ];
+    let mut combine = Shapes::default();
+    combine.add(inputs, |graph, v| {
+        let segments = graph.segments(v[0], 4)?;
+        let groups = graph.active_groups(segments, 4, 2)?;
+        graph.combine(v[2], v[1], &groups)
+    });
+    let metrics = Case::new(
+        "tiles_of_router_metrics",
+        vec![logits(), chosen()],
+        |graph, v| {
+            let chosen = graph.segments(v[1], LENGTH)?;
+            let metrics = graph.router_metrics(v[0], chosen, None)?;
+            Ok(vec![metrics.counts, metrics.dropped, metrics.entropy])
+        },
+    );
+    vec![
+        losses.case("router_losses"),
+        combine.case("combine"),
+        metrics.forward_only(),
+    ]
+}
+
+/// Products by segments; their gradients are the others' products, and the outer products.
+fn grouped_products() -> Vec<Case> {
+    const EXPERTS: usize = 2;
+    let chosen = |tokens| ints(&[tokens, 1], 247, EXPERTS as u32);
+    let [mut shrink, mut gated, mut expand] = [(); 3].map(|()| Shapes::default());
+    for tokens in powers(1, 512) {
+        for out in powers(4, 256) {
+            if tokens * out > 8192 {
+                continue;
+            }
+            let inputs = |input| {
+                vec![
+                    chosen(tokens),
+                    floats(&[tokens, input], 248),
+                    floats(&[EXPERTS, out, input], 249),
+                ]
+            };
+            shrink.add(inputs(4), |graph, v| {
+                let segments = graph.segments(v[0], EXPERTS)?;
+                graph.shrink(v[1], v[2], Layout::OutIn, segments)
+            });
+            gated.add(inputs(4), |graph, v| {
+                let segments = graph.segments(v[0], EXPERTS)?;
+                let gate = Projection {
+                    x: v[1],
+                    weight: v[2],
+                };
+                graph.gated_experts(Activation::Silu, gate, None, segments, None)
+            });
+            if tokens <= 64 {
+                let mut inputs = inputs(4);
+                inputs.push(floats(&[tokens, 1], 250));
+                expand.add(inputs, |graph, v| {
+                    let segments = graph.segments(v[0], EXPERTS)?;
+                    let gates = v[3];
+                    graph.expand(
+                        v[1],
+                        v[2],
+                        Layout::OutIn,
+                        Routed { gates, segments },
+                        1.5,
+                        None,
+                    )
+                });
+            }
+        }
+    }
+    let mut outer = Shapes::default();
+    for input in powers(4, 64) {
+        for out in powers(4, 256) {
+            let inputs = vec![
+                chosen(3),
+                floats(&[3, input], 251),
+                floats(&[EXPERTS, out, input], 252),
+            ];
+            outer.add(inputs, |graph, v| {
+                let segments = graph.segments(v[0], EXPERTS)?;
+                graph.shrink(v[1], v[2], Layout::OutIn, segments)
+            });
+        }
+    }
+    vec![
+        shrink.case("shrink"),
+        gated.case("gated_experts"),
+        expand.case("expand"),
+        outer.case("segment_outer"),
+    ]
+}
+
+/// Up to the longest chain that llvmpipe runs: it stops every loop after 65,535 turns.
+fn givens() -> Case {
+    let mut shapes = Shapes::default();
+    for rank in powers(64, 256) {
+        let rotation = Rotation::Givens;
+        let numbers = rotation.numbers(rank).expect("every rank suits a chain");
+        // More rows than a workgroup takes.
+        let angles = floats_in(&[33, numbers], 254, -0.1, 0.3);
+        let inputs = vec![floats(&[33, rank], 253), angles];
+        shapes.add(inputs, move |graph, v| graph.rotate(rotation, v[0], v[1]));
+    }
+    shapes.case("rotate_givens")
+}
+
+fn cores() -> Case {
+    let mut shapes = Shapes::default();
+    for (tokens, rank) in [(3, 8), (3, 32), (512, 8), (128, 32)] {
+        let inputs = vec![
+            floats(&[tokens, rank], 255),
+            floats(&[4, rank, rank], 256),
+            floats(&[tokens, 4], 257),
+        ];
+        shapes.add(inputs, |graph, v| {
+            graph.mix_cores(v[0], v[1], v[2], CoreMix::Apply)
+        });
+    }
+    shapes.case("mix_cores")
+}
+
+pub fn cases() -> Vec<Case> {
+    let mut cases = vec![matrix_products(), givens(), cores()];
+    cases.extend(long_rows());
+    cases.extend(grouped_products());
+    cases
+}

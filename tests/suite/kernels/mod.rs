@@ -1,0 +1,191 @@
+//! Every kernel that ships, as data, without a device: what operations launch in all cases, over a sweep of shapes, and in training, each
+//! with floats stored in 32 bits, in packed halves and in native halves.
+
+pub mod faults;
+pub mod limits;
+pub mod lines;
+pub mod sweep;
+pub mod translate;
+pub mod write;
+
+use std::collections::BTreeMap;
+
+use rankmix::device::{Access, AdapterClass, Capabilities, Launch};
+use rankmix::{Graph, Precision};
+
+use crate::{cases, everything};
+
+/// A kernel as it is launched: a shader, an entry point, and values for its constants.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    pub name: String,
+    /// The file that its entry point stands in, from the root of the repository.
+    pub path: String,
+    pub launch: Launch,
+}
+
+impl Kernel {
+    fn new(launch: Launch) -> Self {
+        let shader = launch.shader.name.split(" (").next().unwrap_or_default();
+        let mut kernel = Self {
+            name: String::new(),
+            path: format!("shaders/{shader}.wgsl"),
+            launch,
+        };
+        let form = match kernel.form() {
+            "f32" => String::new(),
+            form => format!(" {form}"),
+        };
+        let (shader, entry) = (kernel.launch.shader.name, kernel.launch.entry);
+        let name = format!("{shader}{form}::{entry} {}", kernel.constants());
+        kernel.name = name.trim().to_owned();
+        kernel
+    }
+
+    /// How floats are stored.
+    pub fn form(&self) -> &'static str {
+        if self.is_native_f16() {
+            "native"
+        } else if self.launch.shader.name.contains("(f16") {
+            "packed"
+        } else {
+            "f32"
+        }
+    }
+
+    /// Only the adapters that have `shader-f16` are given such a kernel.
+    pub fn is_native_f16(&self) -> bool {
+        self.launch.shader.source.contains("enable f16;")
+    }
+
+    /// The kernel with the constants that its file gives, if it binds everything that it reads then.
+    fn at_default_tile(&self) -> Option<Self> {
+        let mut launch = self.launch.clone();
+        launch.constants.clear();
+        let kernel = Self::new(launch);
+        let parsed = translate::Parsed::new(&kernel).ok()?;
+        limits::bindings_agree(&parsed, &kernel).ok()?;
+        (self.form() == "f32").then_some(kernel)
+    }
+
+    pub fn constants(&self) -> String {
+        let constants = self.launch.constants.iter();
+        let constants: Vec<String> = constants
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect();
+        constants.join(" ")
+    }
+
+    /// The constants that set the size of workgroups and their tiles.
+    pub fn tile(&self) -> String {
+        let sizes = ["LANES", "WORKGROUP", "SCAN_WORKGROUP"];
+        let constants = self.launch.constants.iter();
+        let sizes: Vec<String> = constants
+            .filter(|(name, _)| sizes.iter().any(|size| name.starts_with(size)))
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect();
+        sizes.join(" ")
+    }
+}
+
+/// What adapters may tell a kernel apart by.
+fn devices() -> Vec<(Precision, Capabilities)> {
+    let mut devices = Vec::new();
+    for class in [AdapterClass::Discrete, AdapterClass::Software] {
+        for (precision, f16) in [
+            (Precision::F32, false),
+            (Precision::F16, false),
+            (Precision::F16, true),
+        ] {
+            let capabilities = Capabilities {
+                class,
+                f16,
+                ..Capabilities::webgpu_defaults()
+            };
+            devices.push((precision, capabilities));
+        }
+    }
+    devices
+}
+
+/// What tells kernels apart: the name, the bindings by number with whether they are written, how many parameters there are.
+type Key = (String, Vec<(u32, bool)>, usize);
+
+/// The kernels of graphs, each once.
+#[derive(Default)]
+pub struct Collection {
+    found: BTreeMap<Key, Kernel>,
+}
+
+impl Collection {
+    fn add(&mut self, graph: &Graph, capabilities: &Capabilities, checked: bool) {
+        let launches = graph
+            .launches(capabilities, checked)
+            .expect("the graphs fit every WebGPU device");
+        for launch in launches {
+            let bindings = launch.bindings.iter();
+            let bindings = bindings
+                .map(|one| (one.number, one.access == Access::ReadWrite))
+                .collect();
+            let params = launch.params.len();
+            let kernel = Kernel::new(launch);
+            self.found
+                .entry((kernel.name.clone(), bindings, params))
+                .or_insert(kernel);
+        }
+    }
+
+    fn kernels(self) -> Vec<Kernel> {
+        self.found.into_values().collect()
+    }
+}
+
+/// The kernels that the cases launch, which are compared with the reference on every device.
+pub fn of_cases() -> Vec<Kernel> {
+    let mut collection = Collection::default();
+    let cases = cases::all();
+    for (precision, capabilities) in devices() {
+        for case in &cases {
+            let graph = case.graph(precision).expect("the cases are sound");
+            collection.add(&graph, &capabilities, true);
+        }
+        for graph in everything::graphs(precision) {
+            collection.add(&graph, &capabilities, true);
+        }
+    }
+    collection.kernels()
+}
+
+/// The kernels that operations choose over the sweep of shapes.
+pub fn of_sweep() -> Vec<Kernel> {
+    let mut collection = Collection::default();
+    for (precision, capabilities) in devices() {
+        for graph in sweep::graphs(precision) {
+            collection.add(&graph, &capabilities, false);
+        }
+    }
+    collection.kernels()
+}
+
+/// Every kernel, each once: those of the cases and of the sweep, and each entry point with the constants that its file gives, which is how
+/// kernels are compared with each other.
+pub fn all() -> Vec<Kernel> {
+    let mut found = BTreeMap::new();
+    let launched: Vec<Kernel> = of_cases().into_iter().chain(of_sweep()).collect();
+    let defaults: Vec<Kernel> = launched
+        .iter()
+        .filter_map(Kernel::at_default_tile)
+        .collect();
+    for kernel in launched.into_iter().chain(defaults) {
+        let bindings: Vec<u32> = kernel
+            .launch
+            .bindings
+            .iter()
+            .map(|one| one.number)
+            .collect();
+        found
+            .entry((kernel.name.clone(), bindings))
+            .or_insert(kernel);
+    }
+    found.into_values().collect()
+}
