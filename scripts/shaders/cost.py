@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""cost.py FOLDER [--all] [--markdown FILE]: what real GPUs' compilers make of the kernels in a folder (tests/suite/kernels/write.rs), without the GPUs.
+Called by kernel_cost.sh, which says where the compilers are; check.py takes its check of AMD's compiler from here.
+"""
+import os
+import sys
+from collections import namedtuple
+
+from kernels import Finding, in_parallel, must, pieces, read, texts
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ALLOWED = "scripts/shaders/kernel_cost_allowed.txt"
+
+# How a driver calls what is printed. What counts as a spill: registers moved to memory or to other registers, memory of a thread's own.
+Vendor = namedtuple("Vendor", "registers spills scratch occupancy occupancy_unit memory instructions cycles")
+AMD = Vendor("VGPRs", ["Spilled VGPRs", "Spilled SGPRs"], "Scratch size", "Subgroups per SIMD", "waves/SIMD", "LDS size", "Instructions", "Inverse Throughput")
+NVIDIA = Vendor("Number of GPRs", ["Spills to memory"], "SLM size", "Max warps/SM", "warps/SM", "", "Instruction count", "Static cycle count")
+APPLE = Vendor("GPRs", ["Spills"], "Scratch", "Threads", "threads/core", "", "Instructions", "")
+ADRENO = Vendor("Registers used", ["STP Count", "LDP Count"], "", "Max Waves Per Core", "waves/core", "", "Instruction Count", "")
+
+Device = namedtuple("Device", "name title suite vendor")
+MESA, NEW_MESA = "bookworm-backports", "forky"
+EVERY_TIME = [
+    Device("amd:vega10", "AMD Vega 10 (GCN 5)", MESA, AMD),
+    Device("amd:navi21", "AMD Navi 21 (RDNA 2)", MESA, AMD),
+    Device("amd:navi31", "AMD Navi 31 (RDNA 3)", MESA, AMD),
+]
+ON_REQUEST = [
+    Device("amd:gfx1201", "AMD GFX1201 (RDNA 4)", NEW_MESA, AMD),
+    Device("nvidia:162", "NVIDIA TU102 (Turing)", NEW_MESA, NVIDIA),
+    Device("nvidia:172", "NVIDIA GA102 (Ampere)", NEW_MESA, NVIDIA),
+    Device("apple:m1", "Apple M1", NEW_MESA, APPLE),
+    Device("adreno:740", "Qualcomm Adreno 740", NEW_MESA, ADRENO),
+]
+
+
+def statistics(folder, files, device):
+    """What the device's compiler says of each SPIR-V file: {file: {statistic: value}}."""
+    command = [os.path.join(HERE, "pretend_gpu.sh"), device.suite, device.name, os.environ["PIPELINE_STATISTICS"]]
+    found = {file: {} for file in files}
+    for output in in_parallel(lambda piece: must(command + piece, folder), pieces(files, 200)):
+        for line in output.splitlines():
+            file, statistic, value = line.split("\t")
+            if file:
+                found[file][statistic] = value
+    return found
+
+
+def number(values, statistic):
+    return int(float(values.get(statistic, 0))) if statistic else 0
+
+
+def spilled(values, vendor):
+    """What is wrong with a kernel on a device, or None."""
+    if "error" in values:
+        return values["error"]
+    if vendor.registers not in values:
+        return "the driver says nothing of it"
+    parts = [f"{number(values, name)} {name}" for name in [*vendor.spills, vendor.scratch] if number(values, name)]
+    return ", ".join(parts) or None
+
+
+class Allowed:
+    """The kernels that may spill: lines of a kernel's file and entry point, the device, the reason."""
+
+    def __init__(self):
+        self.rows = {}
+        with open(os.path.join(HERE, os.path.basename(ALLOWED)), encoding="utf-8") as rows:
+            for line, row in enumerate(rows, 1):
+                if row.strip() and not row.startswith("#"):
+                    kernel, device, _reason = row.split(None, 2)
+                    self.rows[kernel, device] = line
+        self.used = set()
+
+    def allows(self, kernel, device):
+        key = f"{kernel.place.split(':')[0]}::{kernel.entry}", device.name
+        if key in self.rows:
+            self.used.add(key)
+        return key in self.rows
+
+    def unused(self, devices):
+        names = {device.name for device in devices}
+        return [Finding(ALLOWED, line, "", f"{kernel} does not spill on {device}: remove the line")
+                for (kernel, device), line in self.rows.items() if device in names and (kernel, device) not in self.used]
+
+
+def amd(folder, kernels):
+    """No kernel spills on AMD's GPUs at any tile, in any form, save those that are allowed to."""
+    allowed = Allowed()
+    files = texts(kernels, "trusted")
+    findings = []
+    for device in EVERY_TIME:
+        found = statistics(folder, files, device)
+        for kernel in kernels:
+            wrong = spilled(found[kernel.trusted], device.vendor) if kernel.trusted != "-" else None
+            if wrong and not allowed.allows(kernel, device):
+                findings.append(Finding(kernel.trusted, 0, "", f"{device.name}: {wrong} ({kernel.constants or 'default tile'})"))
+    # The kernels with faults are not those of the list.
+    if not folder.endswith("faults"):
+        findings += allowed.unused(EVERY_TIME)
+    return len(files) * len(EVERY_TIME), findings
+
+
+def rows(folder, kernels, device):
+    """A row of the table for each kernel, and the kernels that spill."""
+    found = statistics(folder, texts(kernels, "trusted"), device)
+    table, wrong = [], []
+    for kernel in kernels:
+        values, vendor = found[kernel.trusted], device.vendor
+        spills = sum(number(values, name) for name in vendor.spills)
+        table.append([
+            f"{os.path.basename(kernel.place).split('.')[0]} `{kernel.entry}`",
+            number(values, vendor.registers), spills, number(values, vendor.scratch) if vendor.scratch else "",
+            number(values, vendor.occupancy), number(values, vendor.memory) if vendor.memory else "",
+            number(values, vendor.instructions), number(values, vendor.cycles) if vendor.cycles else "",
+        ])
+        if spilled(values, vendor):
+            wrong.append((kernel, spilled(values, vendor)))
+    return table, wrong
+
+
+def heading(device):
+    return ["kernel", "registers", "spills", "scratch", device.vendor.occupancy_unit, "shared bytes", "instructions", "cycles"]
+
+
+def columns_used(names, table):
+    """Without the columns that this driver says nothing about."""
+    kept = [column for column in range(len(names)) if any(row[column] != "" for row in table)]
+    return [names[column] for column in kept], [[row[column] for column in kept] for row in table]
+
+
+def plain(device, names, table):
+    print(f"\n{device.title}, Mesa {version(device)}")
+    widths = [max(len(str(cell)) for cell in column) for column in zip(names, *table)]
+    for row in [names, *table]:
+        print("  ".join(str(cell).ljust(width) if place == 0 else str(cell).rjust(width)
+                        for place, (cell, width) in enumerate(zip(row, widths))))
+
+
+def markdown(device, names, table):
+    lines = [f"\n### {device.title}, Mesa {version(device)}\n", f"| {' | '.join(names)} |", f"|---|{'---:|' * (len(names) - 1)}"]
+    lines += [f"| {' | '.join(str(cell) for cell in row)} |" for row in table]
+    return "\n".join(lines) + "\n"
+
+
+def version(device):
+    with open(os.path.join(os.environ["RANKMIX_TOOLS"], f"mesa-{device.suite}", "version"), encoding="utf-8") as file:
+        return file.read().split("-")[0]
+
+
+def main():
+    arguments = sys.argv[1:]
+    folder = os.path.abspath(arguments.pop(0))
+    everything = "--all" in arguments
+    document = arguments[arguments.index("--markdown") + 1] if "--markdown" in arguments else None
+    devices = EVERY_TIME + ON_REQUEST if everything else EVERY_TIME
+    # Each entry point once, with the constants that its file gives.
+    kernels = [kernel for kernel in read(folder) if kernel.form == "f32" and not kernel.constants and kernel.trusted != "-"]
+    allowed, failed, written = Allowed(), 0, ""
+    for device in devices:
+        table, wrong = rows(folder, kernels, device)
+        names, table = columns_used(heading(device), table)
+        if document:
+            written += markdown(device, names, table)
+        else:
+            plain(device, names, table)
+        for kernel, message in wrong:
+            if not allowed.allows(kernel, device):
+                failed += 1
+                print(f"{kernel.place}: {device.name}: {kernel.entry}: {message}")
+    for finding in allowed.unused([device for device in devices if device in ON_REQUEST]):
+        failed += 1
+        print(f"{finding.file}:{finding.line}: {finding.message}")
+    if document:
+        # Everything below the heading is this program's.
+        with open(document, encoding="utf-8") as file:
+            prose = file.read().split("\n## Tables\n")[0]
+        with open(document, "w", encoding="utf-8") as file:
+            file.write(f"{prose}\n## Tables\n{written}")
+    print(f"\n{len(kernels)} entry points on {len(devices)} GPUs, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
