@@ -51,37 +51,43 @@ def number(values, statistic):
 
 
 def spilled(values, vendor):
-    """What is wrong with a kernel on a device, or None."""
+    """What is wrong with a kernel on a device: {statistic: value}."""
     if "error" in values:
-        return values["error"]
+        return {"error": values["error"]}
     if vendor.registers not in values:
-        return "the driver says nothing of it"
-    parts = [f"{number(values, name)} {name}" for name in [*vendor.spills, vendor.scratch] if number(values, name)]
-    return ", ".join(parts) or None
+        return {"error": "the driver says nothing of it"}
+    names = [*vendor.spills, *([vendor.scratch] if vendor.scratch else [])]
+    return {name: number(values, name) for name in names if number(values, name)}
+
+
+def said(wrong):
+    return ", ".join(f"{value} {name}" for name, value in wrong.items())
 
 
 class Allowed:
-    """The kernels that may spill: lines of a kernel's file and entry point, the device, the reason."""
+    """The kernels that may spill: lines of a kernel's file and entry point, the device, what may be more than 0, the reason."""
 
     def __init__(self):
         self.rows = {}
         with open(os.path.join(HERE, os.path.basename(ALLOWED)), encoding="utf-8") as rows:
             for line, row in enumerate(rows, 1):
                 if row.strip() and not row.startswith("#"):
-                    kernel, device, _reason = row.split(None, 2)
-                    self.rows[kernel, device] = line
+                    kernel, device, statistics_allowed, _reason = row.split(None, 3)
+                    self.rows[kernel, device] = line, statistics_allowed.split(",")
         self.used = set()
 
-    def allows(self, kernel, device):
+    def allows(self, kernel, device, wrong):
         key = f"{kernel.place.split(':')[0]}::{kernel.entry}", device.name
-        if key in self.rows:
-            self.used.add(key)
-        return key in self.rows
+        _line, names = self.rows.get(key, (0, []))
+        if not all(name.replace(" ", "-") in names for name in wrong):
+            return False
+        self.used.add(key)
+        return True
 
     def unused(self, devices):
         names = {device.name for device in devices}
         return [Finding(ALLOWED, line, "", f"{kernel} does not spill on {device}: remove the line")
-                for (kernel, device), line in self.rows.items() if device in names and (kernel, device) not in self.used]
+                for (kernel, device), (line, _names) in self.rows.items() if device in names and (kernel, device) not in self.used]
 
 
 def amd(folder, kernels):
@@ -92,9 +98,9 @@ def amd(folder, kernels):
     for device in EVERY_TIME:
         found = statistics(folder, files, device)
         for kernel in kernels:
-            wrong = spilled(found[kernel.trusted], device.vendor) if kernel.trusted != "-" else None
-            if wrong and not allowed.allows(kernel, device):
-                findings.append(Finding(kernel.trusted, 0, "", f"{device.name}: {wrong} ({kernel.constants or 'default tile'})"))
+            wrong = spilled(found[kernel.trusted], device.vendor) if kernel.trusted != "-" else {}
+            if wrong and not allowed.allows(kernel, device, wrong):
+                findings.append(Finding(kernel.trusted, 0, "", f"{device.name}: {said(wrong)} ({kernel.constants or 'default tile'})"))
     # The kernels with faults are not those of the list.
     if not folder.endswith("faults"):
         findings += allowed.unused(EVERY_TIME)
@@ -164,10 +170,10 @@ def main():
             written += markdown(device, names, table)
         else:
             plain(device, names, table)
-        for kernel, message in wrong:
-            if not allowed.allows(kernel, device):
+        for kernel, spills in wrong:
+            if not allowed.allows(kernel, device, spills):
                 failed += 1
-                print(f"{kernel.place}: {device.name}: {kernel.entry}: {message}")
+                print(f"{kernel.place}: {device.name}: {kernel.entry}: {said(spills)}")
     for finding in allowed.unused([device for device in devices if device in ON_REQUEST]):
         failed += 1
         print(f"{finding.file}:{finding.line}: {finding.message}")
