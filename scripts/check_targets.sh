@@ -15,7 +15,7 @@ fail() {
   exit 1
 }
 
-# A benchmark library has a line of C. There is no compiler of C for Apple here, and nothing is linked: an empty object will do.
+# A benchmark library has a line of C. There is no compiler of C for Apple here, and nothing is linked: empty files will do.
 stub=$(mktemp -d)
 trap 'rm -rf "$stub"' EXIT
 cat >"$stub/cc" <<'STUB'
@@ -25,8 +25,10 @@ while [ $# -gt 1 ]; do
   shift
 done
 STUB
-chmod +x "$stub/cc"
-export CC_aarch64_apple_darwin=$stub/cc
+# shellcheck disable=SC2016
+printf '#!/bin/sh\n: >"$2"\n' >"$stub/ar"
+chmod +x "$stub/cc" "$stub/ar"
+export CC_aarch64_apple_darwin=$stub/cc AR_aarch64_apple_darwin=$stub/ar
 
 if [ $# -eq 0 ]; then set -- apple windows; fi
 for name in "$@"; do
