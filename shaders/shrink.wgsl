@@ -57,8 +57,8 @@ fn x_block(row: u32, i: u32) -> vec4<f32> {
 fn weight_block(base: u32, row: u32, j: u32, width: u32, inside: bool) -> vec4<f32> {
   let at = base + row * width + j;
   if (ALIGNED) { return weight[at >> 2u]; }
-  return vec4(weight_element(at, inside), weight_element(at + 1u, inside && j + 1u < width),
-    weight_element(at + 2u, inside && j + 2u < width), weight_element(at + 3u, inside && j + 3u < width));
+  return vec4(weight_element(at, inside), weight_element(at + 1u, inside & (j + 1u < width)),
+    weight_element(at + 2u, inside & (j + 2u < width)), weight_element(at + 3u, inside & (j + 3u < width)));
 }
 
 fn store(pair: u32, out: u32, inside: bool, value: vec4<f32>) {
