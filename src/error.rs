@@ -174,6 +174,15 @@ pub enum Error {
         reason: String,
     },
 
+    /// A call that waits for the device was made in a browser, where nothing may wait. It did nothing.
+    #[error("{call} waits for the device, which a browser does not allow: await {instead}")]
+    WouldBlock {
+        /// The call that was made.
+        call: &'static str,
+        /// The one to await in its place.
+        instead: &'static str,
+    },
+
     /// A file could not be read or written.
     #[error("{}: {source}", .path.display())]
     File {

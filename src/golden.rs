@@ -8,7 +8,7 @@ use serde::Deserialize;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::{TensorFile, read_bytes};
-use crate::graph::{Graph, ParameterStore, Precision, Storage, Value};
+use crate::graph::{Graph, ParameterStore, Precision, SessionOptions, Storage, Value};
 use crate::layers::{
     AdapterOptions, CoMol, CoreRouting, FeedForward, GateInput, LatentMoe, Linear, Lora, Moe,
     MoeLora, RotMole, RoutedOutput, Routing,
@@ -200,6 +200,7 @@ impl GoldenCase {
     /// # Errors
     /// As [`GoldenCase::replay`].
     pub fn replay_stored(&self, device: &Device, precision: Precision) -> Result<Replay> {
+        device.may_wait("GoldenCase::replay", "GoldenCase::replay_async")?;
         pollster::block_on(self.replay_with(device, precision, true))
     }
 
@@ -262,7 +263,12 @@ impl GoldenCase {
         for (_, value) in &expected {
             graph.output(*value)?;
         }
-        let mut session = graph.compile(&store)?;
+        let mut session = if block {
+            graph.compile(&store)?
+        } else {
+            let options = SessionOptions::default();
+            graph.compile_async(&store, options).await?
+        };
         session.poison()?;
         session.write(x, self.file.tensor("input.x")?)?;
         let values: Vec<Value> = expected.iter().map(|&(_, value)| value).collect();

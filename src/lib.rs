@@ -50,11 +50,40 @@
 //! * After its first run a session allocates and compiles nothing; what uploads stage is wgpu's own.
 //! * A user's mistake, a damaged file, a lost device, a full GPU are typed [`Error`]s that name the thing, its size and the limit.
 //!
+//! # In a browser
+//!
+//! On `wasm32-unknown-unknown` the device is the browser's WebGPU, or the CPU executor. Nothing may wait there: a call that would is
+//! [`Error::WouldBlock`], and has a form to await, natively too: [`Device::open_async`], [`ParameterStore::initialize_async`],
+//! [`Graph::compile_async`], [`Session::run_reading_async`], [`Session::read_async`] and so on. The browser reports its errors later, and what
+//! is awaited next returns them, typed as everywhere.
+//!
+//! ```
+//! # use rankmix::{Device, DeviceOptions, Graph, ParameterStore, Session, Tensor, Value};
+//! # use rankmix::graph::SessionOptions;
+//! async fn first_run(graph: &Graph, x: Value, y: Value, input: &Tensor) -> rankmix::Result<Tensor> {
+//!     let device = Device::open_async(&DeviceOptions::default()).await?;
+//!     let store = ParameterStore::new(&device);
+//!     store.initialize_async(graph, 42).await?;
+//!     let mut session = graph.compile_async(&store, SessionOptions::default()).await?;
+//!     session.write(x, input)?;
+//!     Ok(session.run_reading_async(&[y]).await?.remove(0))
+//! }
+//! ```
+//!
+//! Natively an application that awaits must poll the wgpu device, as it does for its own work.
+//!
 //! # Where things are
 //!
 //! [`layers`] and [`train`] are made of [`graph`] operations, which are in [`ops`], one file each, and describe their kernels as data to
 //! [`device`], the only module that names wgpu. `docs/architecture.md` in the repository says more.
 
+#[cfg_attr(
+    target_arch = "wasm32",
+    expect(
+        clippy::arc_with_non_send_sync,
+        reason = "threads share these everywhere but in a browser, which has one"
+    )
+)]
 pub mod device;
 mod error;
 pub mod formats;

@@ -111,11 +111,7 @@ fn timestamp_features() -> wgpu::Features {
     wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES
 }
 
-fn summarise(adapter: &wgpu::Adapter) -> AdapterSummary {
-    summary_of(adapter.get_info(), &adapter.limits(), adapter.features())
-}
-
-fn summary_of(
+fn summarise(
     info: wgpu::AdapterInfo,
     limits: &wgpu::Limits,
     features: wgpu::Features,
@@ -129,6 +125,41 @@ fn summary_of(
         backend: backend_name(info.backend),
         driver: [info.driver, info.driver_info].join(" ").trim().to_owned(),
         name: info.name,
+    }
+}
+
+fn summarise_adapter(adapter: &wgpu::Adapter) -> AdapterSummary {
+    let (limits, features) = (adapter.limits(), adapter.features());
+    summarise(adapter.get_info(), &limits, features)
+}
+
+/// What is known of an open device.
+pub(crate) fn summarise_device(device: &wgpu::Device) -> AdapterSummary {
+    let summary = summarise(device.adapter_info(), &device.limits(), device.features());
+    #[cfg(target_arch = "wasm32")]
+    let summary = AdapterSummary {
+        name: name_in_browser(device, summary.name),
+        ..summary
+    };
+    summary
+}
+
+/// A browser seldom gives an adapter's name to a page, but says who made it.
+#[cfg(target_arch = "wasm32")]
+fn name_in_browser(device: &wgpu::Device, name: String) -> String {
+    if !name.is_empty() {
+        return name;
+    }
+    let words = match device
+        .as_webgpu()
+        .map(wgpu::webgpu::GpuDevice::adapter_info)
+    {
+        Some(info) if info.is_object() => [info.vendor(), info.architecture()].join(" "),
+        _ => String::new(),
+    };
+    match words.trim() {
+        "" => "the browser's GPU".to_owned(),
+        words => words.to_owned(),
     }
 }
 
@@ -171,7 +202,7 @@ async fn enumerate(backends: wgpu::Backends) -> Vec<wgpu::Adapter> {
 pub(crate) async fn list() -> Vec<AdapterSummary> {
     let mut adapters = enumerate(wgpu::Backends::PRIMARY).await;
     adapters.extend(enumerate(wgpu::Backends::GL).await);
-    adapters.iter().map(summarise).collect()
+    adapters.iter().map(summarise_adapter).collect()
 }
 
 /// The adapter that a request means. `None`: the CPU executor.
@@ -204,7 +235,7 @@ pub(crate) async fn choose(request: &Request) -> Result<Option<wgpu::Adapter>> {
             let mut available = vec!["cpu".to_owned()];
             for backends in [wgpu::Backends::PRIMARY, wgpu::Backends::GL] {
                 for adapter in enumerate(backends).await {
-                    let summary = summarise(&adapter);
+                    let summary = summarise_adapter(&adapter);
                     if summary.name.to_ascii_lowercase().contains(text) {
                         return Ok(Some(adapter));
                     }
@@ -227,7 +258,6 @@ pub(crate) async fn open(
     adapter: &wgpu::Adapter,
 ) -> Result<(wgpu::Device, wgpu::Queue, AdapterSummary)> {
     let wanted = timestamp_features() | wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP;
-    let summary = summarise(adapter);
     let opened = adapter
         .request_device(&wgpu::DeviceDescriptor {
             label: Some("rankmix"),
@@ -238,13 +268,9 @@ pub(crate) async fn open(
         })
         .await;
     let (device, queue) = opened.map_err(|error| Error::NoAdapter {
-        requested: summary.name.clone(),
+        requested: adapter.get_info().name,
         reason: error.to_string(),
     })?;
+    let summary = summarise_device(&device);
     Ok((device, queue, summary))
-}
-
-/// What is known of a device that a host application opened.
-pub(crate) fn summarise_device(device: &wgpu::Device) -> AdapterSummary {
-    summary_of(device.adapter_info(), &device.limits(), device.features())
 }

@@ -1,31 +1,16 @@
-//! An open GPU: buffers, uploads, readback, and the translation of wgpu's errors into ours.
+//! An open GPU: buffers, uploads, readback.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::device::adapter::AdapterSummary;
 use crate::device::counters::LiveCounters;
+use crate::device::once;
 use crate::device::pipelines::PipelineCache;
+use crate::device::reports::Reports;
 use crate::error::{Error, Result};
 
 /// Buffers are bound as arrays of up to 16-byte elements: sizes are multiples of that.
 pub(crate) const BUFFER_ALIGNMENT: u64 = 16;
-
-/// What went wrong outside any call of ours, kept until the next call can report it.
-#[derive(Debug, Default)]
-pub(crate) struct Faults {
-    lost: AtomicBool,
-    message: Mutex<Option<String>>,
-}
-
-impl Faults {
-    fn record(&self, message: String) {
-        self.message
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert(message);
-    }
-}
 
 #[derive(Debug)]
 pub(crate) struct Gpu {
@@ -36,7 +21,7 @@ pub(crate) struct Gpu {
     pub(crate) checked: bool,
     pub(crate) pipelines: PipelineCache,
     pub(crate) counters: Arc<LiveCounters>,
-    faults: Arc<Faults>,
+    pub(crate) reports: Reports,
 }
 
 /// Device memory, freed when its last owner is dropped.
@@ -69,6 +54,41 @@ impl Buffer {
     }
 }
 
+/// A staging buffer that is being mapped. It is free for the next copy when this is dropped, even if nobody awaited the contents.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    staging: Buffer,
+    bytes: u64,
+    outcome: once::Receiver<Result<(), wgpu::BufferAsyncError>>,
+    failed: bool,
+}
+
+impl Mapping {
+    async fn contents(mut self) -> Result<Vec<u8>> {
+        let refused = |reason: String| Error::Gpu {
+            thing: "reading a buffer back".to_owned(),
+            reason,
+        };
+        if let Err(error) = (&mut self.outcome).await {
+            self.failed = true;
+            return Err(refused(error.to_string()));
+        }
+        let mapped = self.staging.raw().slice(0..self.bytes.next_multiple_of(4));
+        let view = mapped
+            .get_mapped_range()
+            .map_err(|error| refused(error.to_string()))?;
+        Ok(view[..self.bytes as usize].to_vec())
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if !self.failed {
+            self.staging.raw().unmap();
+        }
+    }
+}
+
 impl Gpu {
     pub(crate) fn new(
         device: wgpu::Device,
@@ -77,19 +97,7 @@ impl Gpu {
         checked: bool,
         ours: bool,
     ) -> Self {
-        let faults = Arc::new(Faults::default());
-        // A host application keeps its own handlers.
-        if ours {
-            let recorder = Arc::clone(&faults);
-            device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
-                recorder.record(error.to_string());
-            }));
-            let recorder = Arc::clone(&faults);
-            device.set_device_lost_callback(move |_, message| {
-                recorder.record(message);
-                recorder.lost.store(true, Ordering::Release);
-            });
-        }
+        let reports = Reports::of(&device, ours);
         Self {
             device,
             queue,
@@ -97,13 +105,13 @@ impl Gpu {
             checked,
             pipelines: PipelineCache::default(),
             counters: Arc::default(),
-            faults,
+            reports,
         }
     }
 
     /// On GL all calls go through one context: wgpu panics if a thread waits for it longer than 6 seconds, which one long shader
     /// compilation is enough for. Our own threads wait here instead.
-    fn exclusive(&self) -> Option<MutexGuard<'static, ()>> {
+    pub(crate) fn exclusive(&self) -> Option<MutexGuard<'static, ()>> {
         static GL: Mutex<()> = Mutex::new(());
         self.is_gl()
             .then(|| GL.lock().unwrap_or_else(PoisonError::into_inner))
@@ -111,78 +119,6 @@ impl Gpu {
 
     pub(crate) fn is_gl(&self) -> bool {
         self.summary.backend == "gl"
-    }
-
-    /// The error that happened outside a call of ours, if one did.
-    pub(crate) fn fault(&self) -> Result<()> {
-        if self.faults.lost.load(Ordering::Acquire) {
-            let message = self
-                .faults
-                .message
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            return Err(Error::DeviceLost {
-                reason: message.clone().unwrap_or_default(),
-            });
-        }
-        match self
-            .faults
-            .message
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-        {
-            Some(reason) => Err(Error::Gpu {
-                thing: "the device".to_owned(),
-                reason,
-            }),
-            None => Ok(()),
-        }
-    }
-
-    /// Runs `action` and turns what wgpu reports of it into an error.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub(crate) fn scoped<T>(
-        &self,
-        thing: &str,
-        bytes: u64,
-        action: impl FnOnce() -> T,
-    ) -> Result<T> {
-        let _exclusive = self.exclusive();
-        let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
-        let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
-        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
-        let made = action();
-        // Natively these futures are ready at once.
-        let validation = pollster::block_on(validation.pop());
-        let memory = pollster::block_on(memory.pop());
-        let internal = pollster::block_on(internal.pop());
-        self.fault()?;
-        if memory.is_some() {
-            return Err(Error::OutOfMemory {
-                thing: thing.to_owned(),
-                bytes,
-            });
-        }
-        match validation.or(internal) {
-            Some(error) => Err(Error::Gpu {
-                thing: thing.to_owned(),
-                reason: error.to_string(),
-            }),
-            None => Ok(made),
-        }
-    }
-
-    /// In a browser an error arrives later, through the handler, and is reported by the next call.
-    #[cfg(target_arch = "wasm32")]
-    pub(crate) fn scoped<T>(
-        &self,
-        _thing: &str,
-        _bytes: u64,
-        action: impl FnOnce() -> T,
-    ) -> Result<T> {
-        self.fault()?;
-        Ok(action())
     }
 
     /// New device memory. Its contents are zeros.
@@ -256,34 +192,61 @@ impl Gpu {
             .map_err(|error| Error::DeviceLost {
                 reason: error.to_string(),
             })?;
-        self.fault()
+        self.reports.fault()
     }
 
-    /// Reads the first `bytes` of a staging buffer once the copy into it is done. The blocking half of the work
-    /// is `poll`: natively the caller's thread does it, in a browser the event loop.
-    pub(crate) async fn map(&self, staging: &Buffer, bytes: u64, poll: bool) -> Result<Vec<u8>> {
-        let slice = staging.raw().slice(0..bytes.next_multiple_of(4));
-        let (sender, receiver) = crate::device::once::channel();
+    /// The same without blocking the thread; natively the application polls the device.
+    pub(crate) async fn done(&self) -> Result<()> {
+        let (sender, receiver) = once::channel();
+        self.queue.on_submitted_work_done(move || sender.send(()));
+        self.reports.settle().await?;
+        receiver.await;
+        self.reports.fault()
+    }
+
+    /// Asks for the first `bytes` of a staging buffer, to be read once the copy into it is done.
+    pub(crate) fn map(&self, staging: &Buffer, bytes: u64) -> Result<Mapping> {
+        let (sender, receiver) = once::channel();
+        let range = 0..bytes.next_multiple_of(4);
         // On a lost device the buffer is invalid, and the callback may never be called: the scope returns first.
         self.scoped("reading a buffer back", bytes, || {
+            let slice = staging.raw().slice(range);
             slice.map_async(wgpu::MapMode::Read, move |outcome| sender.send(outcome));
         })?;
-        if poll {
+        Ok(Mapping {
+            staging: staging.clone(),
+            bytes,
+            outcome: receiver,
+            failed: false,
+        })
+    }
+
+    /// Reads what was mapped. The blocking half of the work is `poll`: natively the caller's thread does it, in a browser the
+    /// event loop.
+    pub(crate) async fn contents(
+        &self,
+        mappings: Vec<Mapping>,
+        poll: bool,
+    ) -> Result<Vec<Vec<u8>>> {
+        if poll && !mappings.is_empty() {
             self.wait()?;
         }
-        receiver.await.map_err(|error| {
-            self.fault().err().unwrap_or(Error::Gpu {
-                thing: "reading a buffer back".to_owned(),
-                reason: error.to_string(),
-            })
-        })?;
-        let mapped = slice.get_mapped_range().map_err(|error| Error::Gpu {
-            thing: "reading a buffer back".to_owned(),
-            reason: error.to_string(),
-        });
-        let contents = mapped.map(|view| view[..bytes as usize].to_vec());
-        staging.raw().unmap();
-        contents
+        self.reports.settle().await?;
+        let mut contents = Vec::with_capacity(mappings.len());
+        for mapping in mappings {
+            match mapping.contents().await {
+                Ok(bytes) => contents.push(bytes),
+                Err(error) => {
+                    // A browser says that the device is lost after it has failed to map.
+                    if cfg!(target_arch = "wasm32") {
+                        self.done().await?;
+                    }
+                    self.reports.fault()?;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(contents)
     }
 
     /// Copies the first `bytes` of a buffer to the host, in a submission of its own.
@@ -300,6 +263,7 @@ impl Gpu {
             Some(bytes.next_multiple_of(4)),
         );
         self.submit("reading a buffer back", encoder)?;
-        self.map(&staging, bytes, poll).await
+        let mapping = self.map(&staging, bytes)?;
+        Ok(self.contents(vec![mapping], poll).await?.remove(0))
     }
 }

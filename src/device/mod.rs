@@ -10,6 +10,7 @@ mod once;
 mod pipelines;
 mod profile;
 mod recording;
+mod reports;
 
 use std::sync::Arc;
 
@@ -60,12 +61,21 @@ pub(crate) enum HostFloat {
     F64,
 }
 
+/// To be asked before waiting for a list of adapters.
+fn may_find_adapters(call: &'static str, instead: &'static str) -> Result<()> {
+    if cfg!(target_arch = "wasm32") {
+        return Err(Error::WouldBlock { call, instead });
+    }
+    Ok(())
+}
+
 impl Device {
     /// The best device on this machine: the adapter that `RANKMIX_DEVICE` names, or else a discrete GPU, an integrated one, a
     /// software driver; and with no adapter at all the CPU executor, which says so in one line on stderr.
     ///
     /// # Errors
-    /// [`Error::UnknownDevice`] or [`Error::NoAdapter`] if `RANKMIX_DEVICE` asks for what is not there, or the driver refuses.
+    /// [`Error::UnknownDevice`] or [`Error::NoAdapter`] if `RANKMIX_DEVICE` asks for what is not there, or the driver refuses;
+    /// [`Error::WouldBlock`] in a browser.
     pub fn open() -> Result<Self> {
         Self::open_with(&DeviceOptions::default())
     }
@@ -75,6 +85,7 @@ impl Device {
     /// # Errors
     /// As [`Device::open`].
     pub fn open_with(options: &DeviceOptions) -> Result<Self> {
+        may_find_adapters("Device::open", "Device::open_async")?;
         pollster::block_on(Self::open_async(options))
     }
 
@@ -152,9 +163,17 @@ impl Device {
     }
 
     /// Every adapter on this machine that can run the kernels.
-    #[must_use]
-    pub fn list() -> Vec<AdapterSummary> {
-        pollster::block_on(adapter::list())
+    ///
+    /// # Errors
+    /// [`Error::WouldBlock`] in a browser.
+    pub fn list() -> Result<Vec<AdapterSummary>> {
+        may_find_adapters("Device::list", "Device::list_async")?;
+        Ok(pollster::block_on(adapter::list()))
+    }
+
+    /// [`Device::list`] for an async caller; a browser lists the one adapter that it gives to pages.
+    pub async fn list_async() -> Vec<AdapterSummary> {
+        adapter::list().await
     }
 
     pub(crate) fn kind(&self) -> &Kind {
@@ -215,11 +234,50 @@ impl Device {
     /// Waits until everything submitted so far is done.
     ///
     /// # Errors
-    /// [`Error::DeviceLost`] if the device was lost meanwhile.
+    /// [`Error::DeviceLost`] if the device was lost meanwhile, [`Error::WouldBlock`] in a browser.
     pub fn wait(&self) -> Result<()> {
+        self.may_wait("Device::wait", "Device::wait_async")?;
         match &self.kind {
             Kind::Gpu(gpu) => gpu.wait(),
             Kind::Host { .. } => Ok(()),
+        }
+    }
+
+    /// [`Device::wait`] for an async caller.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`] if the device was lost meanwhile; in a browser any error of a call that could not report it itself.
+    pub async fn wait_async(&self) -> Result<()> {
+        match &self.kind {
+            Kind::Gpu(gpu) => gpu.done().await,
+            Kind::Host { .. } => Ok(()),
+        }
+    }
+
+    /// In a browser waits for wgpu's reports of all calls so far, and returns the first error among them; natively each call has returned its own.
+    pub(crate) async fn settle(&self) -> Result<()> {
+        match &self.kind {
+            Kind::Gpu(gpu) => gpu.reports.settle().await,
+            Kind::Host { .. } => Ok(()),
+        }
+    }
+
+    /// Whether both are the same device, whose memory sessions of either can use.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        match (&self.kind, &other.kind) {
+            (Kind::Gpu(one), Kind::Gpu(other)) => Arc::ptr_eq(one, other),
+            (Kind::Host { float: one, .. }, Kind::Host { float: other, .. }) => one == other,
+            _ => false,
+        }
+    }
+
+    /// To be asked before anything that waits for the device: in a browser only the CPU executor may, which never has to.
+    pub(crate) fn may_wait(&self, call: &'static str, instead: &'static str) -> Result<()> {
+        match self.kind {
+            Kind::Gpu(_) if cfg!(target_arch = "wasm32") => {
+                Err(Error::WouldBlock { call, instead })
+            }
+            _ => Ok(()),
         }
     }
 }

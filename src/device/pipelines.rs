@@ -57,6 +57,15 @@ impl Gpu {
             .pipelines
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
+        if self.reports.failed_late() {
+            // One of them may be what failed; sessions keep theirs.
+            pipelines.clear();
+            self.pipelines
+                .modules
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clear();
+        }
         if let Some(pipeline) = pipelines.get(&key) {
             return Ok(Arc::clone(pipeline));
         }

@@ -18,7 +18,7 @@ const MAX_QUERIES: usize = 4096;
 
 impl Recording {
     /// Runs the recording once and times every launch.
-    pub(crate) fn profile(&self, gpu: &Gpu) -> Result<Vec<LaunchTiming>> {
+    pub(crate) async fn profile(&self, gpu: &Gpu, poll: bool) -> Result<Vec<LaunchTiming>> {
         if !gpu.summary.capabilities.timestamps {
             return Err(Error::Gpu {
                 thing: "timing launches".to_owned(),
@@ -55,7 +55,8 @@ impl Recording {
         encoder.resolve_query_set(&queries, 0..count as u32, resolved.raw(), 0);
         encoder.copy_buffer_to_buffer(resolved.raw(), 0, staging.raw(), 0, Some(bytes));
         gpu.submit("timing launches", encoder)?;
-        let raw = pollster::block_on(gpu.map(&staging, bytes, true))?;
+        let mapping = gpu.map(&staging, bytes)?;
+        let raw = gpu.contents(vec![mapping], poll).await?.remove(0);
         let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&raw);
         let seconds_per_tick = f64::from(gpu.queue.get_timestamp_period()) * 1e-9;
         Ok(ticks

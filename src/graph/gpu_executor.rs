@@ -175,8 +175,8 @@ impl GpuExecutor {
         self.recording.encode(&self.gpu, encoder, None);
     }
 
-    pub(crate) fn profile(&self) -> Result<Vec<LaunchTiming>> {
-        self.recording.profile(&self.gpu)
+    pub(crate) async fn profile(&self, poll: bool) -> Result<Vec<LaunchTiming>> {
+        self.recording.profile(&self.gpu, poll).await
     }
 
     /// Runs once and reads the values named, all in one submission. With `poll` the calling thread waits for the device.
@@ -227,7 +227,11 @@ impl GpuExecutor {
         mut encoder: CommandEncoder,
         poll: bool,
     ) -> Result<Vec<Tensor>> {
-        for &value in read {
+        // Asked for twice, copied once.
+        let mut copied = read.to_vec();
+        copied.sort_unstable();
+        copied.dedup();
+        for &value in &copied {
             let bytes = compiled.bytes(value).next_multiple_of(4);
             let source = self
                 .bound(plan, compiled, &[Operand::Value(value)])
@@ -244,19 +248,19 @@ impl GpuExecutor {
             );
         }
         self.gpu.submit("a run", encoder)?;
-        let mut tensors = Vec::with_capacity(read.len());
-        for &value in read {
-            let bytes = self
-                .gpu
-                .map(&self.staging[&value], compiled.bytes(value), poll)
-                .await?;
-            let (ty, storage) = (
-                &compiled.types[value as usize],
-                compiled.storages[value as usize],
-            );
-            tensors.push(tensor_of_bytes(&bytes, ty, storage)?);
-        }
-        Ok(tensors)
+        let mapping = |value: &u32| self.gpu.map(&self.staging[value], compiled.bytes(*value));
+        let mappings = copied.iter().map(mapping).collect::<Result<Vec<_>>>()?;
+        let contents = self.gpu.contents(mappings, poll).await?;
+        let contents: HashMap<u32, Vec<u8>> = copied.into_iter().zip(contents).collect();
+        read.iter()
+            .map(|value| {
+                let (ty, storage) = (
+                    &compiled.types[*value as usize],
+                    compiled.storages[*value as usize],
+                );
+                tensor_of_bytes(&contents[value], ty, storage)
+            })
+            .collect()
     }
 
     /// Fills the pool with NaN, so that a kernel that reads what nobody wrote is found out.

@@ -55,6 +55,21 @@ impl Graph {
         self.compile_with(store, SessionOptions::default())
     }
 
+    /// [`Graph::compile_with`] for an async caller. In a browser the other two do the same work, but the errors of kernels and memory
+    /// come with the first call that is awaited after them.
+    ///
+    /// # Errors
+    /// As [`Graph::compile`].
+    pub async fn compile_async(
+        &self,
+        store: &ParameterStore,
+        options: SessionOptions,
+    ) -> Result<Session> {
+        let session = self.compile_with(store, options)?;
+        store.device().settle().await?;
+        Ok(session)
+    }
+
     /// [`Graph::compile`] with options.
     ///
     /// # Errors
@@ -345,10 +360,19 @@ impl Session {
     /// Runs once: one compute pass, one submission. On a GPU it returns when the work is submitted, not when it is done.
     ///
     /// # Errors
-    /// [`Error::MissingInput`] if an input was never written, [`Error::DeviceLost`], [`Error::OutOfMemory`], and in checked mode
-    /// [`Error::NotFinite`].
+    /// [`Error::MissingInput`] if an input was never written, [`Error::DeviceLost`], [`Error::OutOfMemory`], in checked mode
+    /// [`Error::NotFinite`], and in a browser [`Error::WouldBlock`].
     pub fn run(&mut self) -> Result<()> {
-        self.run_reading(&[]).map(drop)
+        self.device.may_wait("Session::run", "Session::run_async")?;
+        pollster::block_on(self.run_with(&[], true)).map(drop)
+    }
+
+    /// [`Session::run`] for an async caller.
+    ///
+    /// # Errors
+    /// As [`Session::run`].
+    pub async fn run_async(&mut self) -> Result<()> {
+        self.run_with(&[], false).await.map(drop)
     }
 
     /// Runs once and reads these outputs, all in one submission.
@@ -356,6 +380,8 @@ impl Session {
     /// # Errors
     /// As [`Session::run`], and [`Error::NotKept`] for a value that is not an output.
     pub fn run_reading(&mut self, read: &[Value]) -> Result<Vec<Tensor>> {
+        self.device
+            .may_wait("Session::run_reading", "Session::run_reading_async")?;
         pollster::block_on(self.run_with(read, true))
     }
 
@@ -386,6 +412,8 @@ impl Session {
     /// # Errors
     /// [`Error::NotKept`] if it is not an output, [`Error::DeviceLost`].
     pub fn read(&mut self, value: Value) -> Result<Tensor> {
+        self.device
+            .may_wait("Session::read", "Session::read_async")?;
         pollster::block_on(self.read_with(value, true))
     }
 
@@ -430,10 +458,24 @@ impl Session {
     /// # Errors
     /// [`Error::Gpu`] if the adapter has no timestamps inside passes, [`Error::NoAdapter`] on the CPU.
     pub fn profile(&mut self) -> Result<Vec<LaunchTiming>> {
+        self.device
+            .may_wait("Session::profile", "Session::profile_async")?;
+        pollster::block_on(self.profile_with(true))
+    }
+
+    /// [`Session::profile`] for an async caller.
+    ///
+    /// # Errors
+    /// As [`Session::profile`].
+    pub async fn profile_async(&mut self) -> Result<Vec<LaunchTiming>> {
+        self.profile_with(false).await
+    }
+
+    async fn profile_with(&mut self, poll: bool) -> Result<Vec<LaunchTiming>> {
         self.ready()?;
         self.next_random()?;
         match &self.executor {
-            Executor::Gpu(gpu) => gpu.profile(),
+            Executor::Gpu(gpu) => gpu.profile(poll).await,
             Executor::Host(_) => Err(Error::NoAdapter {
                 requested: "launch timings".to_owned(),
                 reason: "this session runs on the CPU".to_owned(),

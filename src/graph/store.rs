@@ -64,6 +64,10 @@ impl ParameterStore {
     /// [`Error::UnknownName`] if a parameter with [`Init::Provided`] is missing, [`Error::TypeMismatch`] if one is there with
     /// another shape, [`Error::OutOfMemory`] or [`Error::Limit`] if the device cannot hold one.
     pub fn initialize(&self, graph: &Graph, seed: u64) -> Result<()> {
+        self.device.may_wait(
+            "ParameterStore::initialize",
+            "ParameterStore::initialize_async",
+        )?;
         pollster::block_on(self.initialize_with(graph, seed, true))
     }
 
@@ -72,7 +76,8 @@ impl ParameterStore {
     /// # Errors
     /// As [`ParameterStore::initialize`].
     pub async fn initialize_async(&self, graph: &Graph, seed: u64) -> Result<()> {
-        self.initialize_with(graph, seed, false).await
+        self.initialize_with(graph, seed, false).await?;
+        self.device.settle().await
     }
 
     async fn initialize_with(&self, graph: &Graph, seed: u64, poll: bool) -> Result<()> {
@@ -152,6 +157,21 @@ impl ParameterStore {
     /// [`Error::TypeMismatch`] if the store has one in another shape,
     /// [`Error::OutOfMemory`] or [`Error::Limit`] if the device cannot hold one, [`Error::DeviceLost`] if it is gone.
     pub fn convert(&self, graph: &Graph) -> Result<()> {
+        self.device
+            .may_wait("ParameterStore::convert", "ParameterStore::convert_async")?;
+        pollster::block_on(self.convert_with(graph, true))
+    }
+
+    /// [`ParameterStore::convert`] for an async caller.
+    ///
+    /// # Errors
+    /// As [`ParameterStore::convert`].
+    pub async fn convert_async(&self, graph: &Graph) -> Result<()> {
+        self.convert_with(graph, false).await?;
+        self.device.settle().await
+    }
+
+    async fn convert_with(&self, graph: &Graph, poll: bool) -> Result<()> {
         for spec in graph.parameters() {
             if self
                 .storage(&spec.name)
@@ -159,7 +179,7 @@ impl ParameterStore {
             {
                 // Of the shape that the graph says, or else an error.
                 self.memory(spec)?;
-                let tensor = self.read(&spec.name)?;
+                let tensor = self.read_with(&spec.name, poll).await?;
                 let entry = self.entry_for(&spec.name, spec.ty.clone(), spec.storage)?;
                 self.write(&entry, &tensor)?;
                 self.entries
@@ -167,7 +187,9 @@ impl ParameterStore {
                     .unwrap_or_else(PoisonError::into_inner)
                     .insert(spec.name.clone(), entry);
                 let master = format!("{MASTER}{}", spec.name);
-                if self.storage(&master).is_some() && !rounds_to(&self.read(&master)?, &tensor) {
+                if self.storage(&master).is_some()
+                    && !rounds_to(&self.read_with(&master, poll).await?, &tensor)
+                {
                     self.put(&master, &tensor, Storage::F32)?;
                 }
             }
@@ -244,6 +266,32 @@ impl ParameterStore {
             .map(|entry| entry.storage)
     }
 
+    /// Makes a parameter of another store one of this store too, under the same name and in the same memory: whichever
+    /// changes it changes it for both. How several adapters share one base that is on the device once.
+    ///
+    /// # Errors
+    /// [`Error::UnknownName`] if the other store does not have it, [`Error::DuplicateName`] if this one has one of that name,
+    /// [`Error::Setting`] if the stores are on different devices.
+    pub fn share(&self, name: &str, from: &Self) -> Result<()> {
+        if !self.device.is_same(&from.device) {
+            return Err(Error::setting(
+                "parameter",
+                name,
+                "memory can only be shared between stores on the same device",
+            ));
+        }
+        let entry = from.entry(name)?;
+        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        if entries.contains_key(name) {
+            return Err(Error::DuplicateName {
+                name: name.to_owned(),
+                reason: "a parameter of this store".to_owned(),
+            });
+        }
+        entries.insert(name.to_owned(), entry);
+        Ok(())
+    }
+
     /// Removes a parameter; sessions that use it keep it alive.
     pub fn remove(&self, name: &str) {
         self.entries
@@ -257,6 +305,8 @@ impl ParameterStore {
     /// # Errors
     /// [`Error::UnknownName`] if it is not there, [`Error::DeviceLost`] if the device is gone.
     pub fn read(&self, name: &str) -> Result<Tensor> {
+        self.device
+            .may_wait("ParameterStore::read", "ParameterStore::read_async")?;
         pollster::block_on(self.read_with(name, true))
     }
 

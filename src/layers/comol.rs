@@ -83,7 +83,7 @@ impl CoMolOutput {
     #[must_use]
     pub fn routed_output(&self) -> Option<RoutedOutput> {
         let output = self.output;
-        self.router.map(|router| RoutedOutput { output, router })
+        self.router.map(|router| RoutedOutput::new(output, router))
     }
 
     /// `balance_coefficient L_b + z_coefficient L_z`, to be added to the loss. A dense gate has no choices that could be out of

@@ -123,7 +123,7 @@ impl LatentMoe {
         if let Some(shared) = self.shared {
             output = self.expert.add_shared(graph, owner, shared, x, output)?;
         }
-        Ok(RoutedOutput { output, router })
+        Ok(RoutedOutput::new(output, router))
     }
 
     /// `Σ over the active groups of Bd (Σ over the group's chosen experts of g_j Ad_j h_j)`.

@@ -21,4 +21,4 @@ pub use lora::Lora;
 pub use moe::Moe;
 pub use moe_lora::MoeLora;
 pub use rotmole::{GateInput, RotMole};
-pub use routing::{Capacity, RoutedOutput, RouterOutput, Routing};
+pub use routing::{Capacity, RotatedLatents, RoutedOutput, RouterOutput, Routing};

@@ -91,7 +91,7 @@ impl Moe {
         if let Some(shared) = self.shared {
             output = self.expert.add_shared(graph, owner, shared, x, output)?;
         }
-        Ok(RoutedOutput { output, router })
+        Ok(RoutedOutput::new(output, router))
     }
 
     /// Parameters of the routed experts: 3 E m n, for gate, up and down of every expert; 2 E m n without a gate.

@@ -79,7 +79,7 @@ impl MoeLora {
             self.options.factor(),
             Some(base),
         )?;
-        Ok(RoutedOutput { output, router })
+        Ok(RoutedOutput::new(output, router))
     }
 
     /// How many elements the adapter trains.

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Init, Value};
-use crate::layers::{AdapterOptions, Linear, MoeLora, RoutedOutput, Routing};
-use crate::ops::{Layout, Rotation};
+use crate::layers::{AdapterOptions, Linear, MoeLora, RotatedLatents, RoutedOutput, Routing};
+use crate::ops::{Layout, Rotation, Segments};
 use crate::tensor::Tensor;
 
 /// What the rotation gate looks at. In files and on command lines `input`, `latent` or `static`.
@@ -117,20 +117,48 @@ impl RotMole {
             GateInput::Static => graph.in_f32(declare)?,
             GateInput::Input | GateInput::Latent => declare(graph)?,
         };
-        self.mixture.forward_with(graph, x, |graph, z, routed| {
-            let h = match self.gate_input {
-                GateInput::Input => x,
-                GateInput::Latent => z,
-                GateInput::Static => {
-                    let matrices = graph.in_f32(|graph| self.matrices(graph, gate))?;
-                    return graph.shrink(z, matrices, Layout::InOut, routed.segments);
-                }
-            };
-            let generator = graph.in_f32(|graph| {
-                let generator = graph.shrink(h, gate, Layout::OutIn, routed.segments)?;
-                self.bound(graph, generator)
+        let mut rotated = None;
+        let output = self
+            .mixture
+            .forward_with(graph, x, |graph, before, routed| {
+                let latents = self.rotate(graph, x, before, gate, routed.segments)?;
+                rotated = Some(latents);
+                Ok(latents.after)
             })?;
-            graph.rotate(self.rotation, z, generator)
+        Ok(RoutedOutput { rotated, ..output })
+    }
+
+    fn rotate(
+        &self,
+        graph: &mut Graph,
+        x: Value,
+        before: Value,
+        gate: Value,
+        segments: Segments,
+    ) -> Result<RotatedLatents> {
+        let h = match self.gate_input {
+            GateInput::Input => x,
+            GateInput::Latent => before,
+            GateInput::Static => {
+                let (generator, matrices) = graph.in_f32(|graph| {
+                    let generator = self.bound(graph, gate)?;
+                    Ok::<_, Error>((generator, self.matrices(graph, generator)?))
+                })?;
+                return Ok(RotatedLatents {
+                    before,
+                    after: graph.shrink(before, matrices, Layout::InOut, segments)?,
+                    generator,
+                });
+            }
+        };
+        let generator = graph.in_f32(|graph| {
+            let generator = graph.shrink(h, gate, Layout::OutIn, segments)?;
+            self.bound(graph, generator)
+        })?;
+        Ok(RotatedLatents {
+            before,
+            after: graph.rotate(self.rotation, before, generator)?,
+            generator,
         })
     }
 
@@ -148,7 +176,6 @@ impl RotMole {
     fn matrices(&self, graph: &mut Graph, generator: Value) -> Result<Value> {
         let (experts, rank) = (self.mixture.routing.experts, self.mixture.options.rank);
         let numbers = self.rotation.numbers(rank)?;
-        let generator = self.bound(graph, generator)?;
         // One row of the generator for each unit vector.
         let generator = graph.reshape(generator, [experts, 1, numbers])?;
         let zeros = graph.constant(Tensor::f32([rank, 1], vec![0.0; rank])?)?;

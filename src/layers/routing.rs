@@ -265,6 +265,31 @@ pub struct RoutedOutput {
     pub output: Value,
     /// Where the tokens went.
     pub router: RouterOutput,
+    /// What was rotated, by how much; `None` for layers without rotations.
+    pub rotated: Option<RotatedLatents>,
+}
+
+/// The latents of the chosen experts and their rotations in a [`RotMole`](crate::layers::RotMole). A pair is a token and one of its
+/// experts: row `token * top_k + slot`.
+#[derive(Clone, Copy, Debug)]
+pub struct RotatedLatents {
+    /// The latents before the rotation, `[pairs, rank]`.
+    pub before: Value,
+    /// The latents after it.
+    pub after: Value,
+    /// The numbers of each rotation, bounded where the layer bounds them: `[pairs, numbers]`, or `[experts, numbers]` where each expert
+    /// has one rotation for all tokens. For rotations made of planes they are angles.
+    pub generator: Value,
+}
+
+impl RoutedOutput {
+    pub(crate) fn new(output: Value, router: RouterOutput) -> Self {
+        Self {
+            output,
+            router,
+            rotated: None,
+        }
+    }
 }
 
 impl Deref for RoutedOutput {

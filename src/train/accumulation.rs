@@ -1,7 +1,9 @@
 //! Gradient accumulation: one optimiser step for several micro-batches, each of which is a run of its own.
 
 use crate::error::{Error, Result};
-use crate::graph::{Gradients, Graph, Init, ParameterSpec, ParameterStore, Precision, Session};
+use crate::graph::{
+    Gradients, Graph, Init, ParameterSpec, ParameterStore, Precision, Session, SessionOptions,
+};
 use crate::ops::LossScaling;
 use crate::tensor::Tensor;
 use crate::train::{AdamW, Optimizer};
@@ -134,8 +136,29 @@ impl Accumulated {
         let (graph, optimizer) = self.update_graph(adamw)?;
         // All that is missing starts at zero: the seed decides nothing.
         store.initialize(&graph, 0)?;
-        Ok(AccumulatedUpdate {
-            session: graph.compile(store)?,
+        Ok(self.update(graph.compile(store)?, optimizer))
+    }
+
+    /// [`Accumulated::compile`] for an async caller.
+    ///
+    /// # Errors
+    /// As [`Accumulated::compile`].
+    pub async fn compile_async(
+        &self,
+        adamw: &AdamW,
+        store: &ParameterStore,
+    ) -> Result<AccumulatedUpdate> {
+        let (graph, optimizer) = self.update_graph(adamw)?;
+        store.initialize_async(&graph, 0).await?;
+        let session = graph
+            .compile_async(store, SessionOptions::default())
+            .await?;
+        Ok(self.update(session, optimizer))
+    }
+
+    fn update(&self, session: Session, optimizer: Optimizer) -> AccumulatedUpdate {
+        AccumulatedUpdate {
+            session,
             optimizer,
             micro_batches: self.micro_batches,
             done: 0,
@@ -144,7 +167,7 @@ impl Accumulated {
                 .iter()
                 .map(|spec| format!("{PREFIX}{}", spec.name))
                 .collect(),
-        })
+        }
     }
 }
 
@@ -169,12 +192,38 @@ impl AccumulatedUpdate {
     /// sense) the call can be made again; after [`Error::NotFinite`] of checked mode, or with the device lost, part of the step may have
     /// happened.
     pub fn micro_batch_done(&mut self, learning_rate: f64) -> Result<bool> {
-        if self.done + 1 < self.micro_batches {
-            self.done += 1;
+        if !self.is_due() {
             return Ok(false);
         }
         self.optimizer.prepare(&mut self.session, learning_rate)?;
-        if let Err(error) = self.session.run() {
+        let outcome = self.session.run();
+        self.stepped(outcome)
+    }
+
+    /// [`AccumulatedUpdate::micro_batch_done`] for an async caller.
+    ///
+    /// # Errors
+    /// As [`AccumulatedUpdate::micro_batch_done`].
+    pub async fn micro_batch_done_async(&mut self, learning_rate: f64) -> Result<bool> {
+        if !self.is_due() {
+            return Ok(false);
+        }
+        self.optimizer.prepare(&mut self.session, learning_rate)?;
+        let outcome = self.session.run_async().await;
+        self.stepped(outcome)
+    }
+
+    /// Whether the micro-batch that is done completes a step; if not, it is counted.
+    fn is_due(&mut self) -> bool {
+        let due = self.done + 1 >= self.micro_batches;
+        if !due {
+            self.done += 1;
+        }
+        due
+    }
+
+    fn stepped(&mut self, outcome: Result<()>) -> Result<bool> {
+        if let Err(error) = outcome {
             // The step did not happen.
             self.optimizer.resume_at(self.optimizer.steps() - 1);
             return Err(error);

@@ -159,6 +159,40 @@ fn a_device_that_is_not_there_is_named_with_those_that_are() {
 }
 
 #[test]
+fn parameters_are_shared_between_stores_of_one_device() {
+    let (base, adapter) = (
+        ParameterStore::new(&Device::cpu()),
+        ParameterStore::new(&Device::cpu()),
+    );
+    let numbers = |x: f32| Tensor::f32([2], vec![x; 2]).expect("2 elements");
+    base.insert("w", &numbers(1.0)).expect("floats");
+    adapter.share("w", &base).expect("the base has it");
+    base.insert("w", &numbers(2.0)).expect("floats");
+    assert_eq!(adapter.read("w").expect("it is shared").to_f32(), [2.0; 2]);
+    adapter.insert("w", &numbers(3.0)).expect("floats");
+    assert_eq!(base.read("w").expect("it is there").to_f32(), [3.0; 2]);
+    assert_error!(
+        adapter.share("w", &base),
+        Error::DuplicateName { .. },
+        "`w`",
+        "this store"
+    );
+    assert_error!(
+        adapter.share("v", &base),
+        Error::UnknownName { .. },
+        "parameter",
+        "`v`"
+    );
+    let elsewhere = ParameterStore::new(&Device::reference());
+    assert_error!(
+        elsewhere.share("w", &base),
+        Error::Setting { .. },
+        "parameter = w",
+        "same device"
+    );
+}
+
+#[test]
 fn parameters_are_checked_against_the_store() {
     let store = ParameterStore::new(&Device::cpu());
     let mut graph = Graph::new();

@@ -1,9 +1,15 @@
 //! A host application with a wgpu device of its own: its limits, its encoder, its buffers, and what happens when it loses the device.
 
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
+
 use libtest_mimic::{Failed, Trial};
+use rankmix::graph::SessionOptions;
 use rankmix::layers::{AdapterOptions, Linear, RotMole, Routing};
+use rankmix::train::{AdamW, GradientAccumulation};
 use rankmix::{
-    Device, Error, Graph, ParameterStore, Result, Session, Tensor, TensorType, Value, wgpu,
+    Device, Error, Graph, ParameterStore, Precision, Result, Session, Tensor, TensorType, Value,
+    wgpu,
 };
 
 use crate::case::floats;
@@ -186,12 +192,98 @@ fn noise_in_an_encoder(backend: &str) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Runs a future to its end, as an application does that polls its device between frames.
+fn polled<T>(raw: &wgpu::Device, future: impl Future<Output = Result<T>>) -> Result<T> {
+    let mut future = pin!(future);
+    let mut context = Context::from_waker(Waker::noop());
+    loop {
+        if let Poll::Ready(outcome) = future.as_mut().poll(&mut context) {
+            return outcome;
+        }
+        // What is lost shows in the future.
+        let _ = raw.poll(wgpu::PollType::Poll);
+    }
+}
+
+/// Calls that are awaited give what those that block give.
+fn awaiting_is_the_same(backend: &str) -> Result<(), Failed> {
+    let (raw, queue) = host_device(backend).ok_or("the adapter is gone")?;
+    let device = Device::from_wgpu(&raw, &queue, true)?;
+    let mut losses = Vec::new();
+    for awaits in [false, true] {
+        let mut graph = Graph::new();
+        graph.set_precision(Precision::F16);
+        let x = graph.input("x", TensorType::f32([4, 3]))?;
+        let labels = graph.input("labels", TensorType::i32([4]))?;
+        let logits = Linear::new("layer", 3, 2)
+            .trained()
+            .forward(&mut graph, x)?;
+        let loss = graph.cross_entropy(logits, labels)?;
+        graph.output(loss)?;
+        let gradients = graph.backward(loss)?;
+        let accumulated = GradientAccumulation::new(2)?.add_to(&mut graph, &gradients)?;
+        let store = ParameterStore::new(&device);
+        let adamw = AdamW::default();
+        let (mut session, mut update) = if awaits {
+            polled(&raw, store.initialize_async(&graph, 5))?;
+            polled(&raw, store.convert_async(&graph))?;
+            let session = graph.compile_async(&store, SessionOptions::default());
+            let update = accumulated.compile_async(&adamw, &store);
+            (polled(&raw, session)?, polled(&raw, update)?)
+        } else {
+            store.initialize(&graph, 5)?;
+            store.convert(&graph)?;
+            (graph.compile(&store)?, accumulated.compile(&adamw, &store)?)
+        };
+        session.write(x, &floats(&[4, 3], 410))?;
+        session.write(labels, &Tensor::i32([4], vec![0, 1, 0, 1])?)?;
+        let mut seen = Vec::new();
+        for _ in 0..6 {
+            // A value asked for twice is given twice.
+            let read = [loss, loss];
+            if awaits {
+                seen.extend(polled(&raw, session.run_reading_async(&read))?);
+                polled(&raw, update.micro_batch_done_async(0.1))?;
+            } else {
+                seen.extend(session.run_reading(&read)?);
+                update.micro_batch_done(0.1)?;
+            }
+        }
+        seen.push(if awaits {
+            polled(&raw, session.run_async())?;
+            polled(&raw, device.wait_async())?;
+            polled(&raw, session.read_async(loss))?
+        } else {
+            session.run()?;
+            device.wait()?;
+            session.read(loss)?
+        });
+        seen.push(if awaits {
+            polled(&raw, store.read_async("layer.weight"))?
+        } else {
+            store.read("layer.weight")?
+        });
+        losses.push(seen);
+    }
+    if losses[0] != losses[1] {
+        return Err("awaiting gives other numbers than blocking".into());
+    }
+    if losses[0][0] == losses[0][12] || losses[0][0] != losses[0][1] {
+        return Err("the steps were not what they should be".into());
+    }
+    Ok(())
+}
+
 pub fn trials() -> Vec<Trial> {
     let mut trials =
         devices::backend_trials("host::buffers_and_encoder", hosts_buffers_and_encoder);
     trials.extend(devices::backend_trials(
         "host::a_lost_device_is_an_error",
         a_lost_device_is_an_error,
+    ));
+    trials.extend(devices::backend_trials(
+        "host::awaiting_is_the_same",
+        awaiting_is_the_same,
     ));
     trials.extend(devices::backend_trials(
         "host::noise_in_an_encoder",

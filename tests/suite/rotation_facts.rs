@@ -1,6 +1,7 @@
 //! What every rotation must be, whatever its kind: orthogonal, of determinant 1, the identity for a generator of 0.
 
 use libtest_mimic::{Failed, Trial};
+use rankmix::layers::{AdapterOptions, GateInput, Linear, RotMole, Routing};
 use rankmix::ops::Rotation;
 use rankmix::{Device, Graph, ParameterStore, Tensor, TensorType};
 
@@ -198,8 +199,83 @@ fn a_reflection_along_nothing_is_left_out(device: &Device) -> Result<(), Failed>
     Ok(())
 }
 
+/// What a layer says it has rotated, rotated by what it says, gives what it says.
+fn a_layer_shows_its_rotations(
+    device: &Device,
+    gate_input: GateInput,
+    bounded: bool,
+) -> Result<(), Failed> {
+    let (tokens, experts, top_k, rank) = (7, 3, 2, 4);
+    let mut graph = Graph::new();
+    let x = graph.input("x", TensorType::f32([tokens, 5]))?;
+    let mut layer = RotMole::with_rotation(
+        Linear::new("layer", 5, 6),
+        AdapterOptions::new(rank, 2.0),
+        Routing::new(experts, top_k),
+        Rotation::Givens,
+        gate_input,
+    )?;
+    layer.bounded = bounded;
+    let routed = layer.forward(&mut graph, x)?;
+    let shown = routed.rotated.ok_or("the layer shows no rotations")?;
+    let chosen = routed.routed.experts();
+    let outputs = [shown.before, shown.after, shown.generator, chosen];
+    for value in outputs {
+        graph.output(value)?;
+    }
+    let store = ParameterStore::new(device);
+    store.initialize(&graph, 3)?;
+    for (name, seed) in [("rotation_gate", 210), ("rotation_generator", 211)] {
+        let name = format!("layer.{name}");
+        if let Some(ty) = store.ty(&name) {
+            store.insert(&name, &floats(ty.dims(), seed))?;
+        }
+    }
+    let mut session = graph.compile(&store)?;
+    session.write(x, &floats(&[tokens, 5], 212))?;
+    let results = session.run_reading(&outputs)?;
+    let numbers = results[2].shape().last();
+    let generators = results[2].to_f64();
+    // An expert's own rotation, once for each pair.
+    let generators = match gate_input {
+        GateInput::Static => {
+            let chosen = results[3].as_i32().ok_or("experts are integers")?;
+            let rows = chosen.iter().map(|&expert| expert as usize * numbers);
+            rows.flat_map(|row| generators[row..row + numbers].to_vec())
+                .collect()
+        }
+        GateInput::Input | GateInput::Latent => generators,
+    };
+    if generators.iter().all(|number| number.abs() < 1e-3) {
+        return Err("nothing was rotated".into());
+    }
+    let generators = Tensor::f64([tokens * top_k, numbers], generators)?;
+    let want = rotate(
+        &Device::reference(),
+        Rotation::Givens,
+        &results[0],
+        &generators,
+    )?;
+    for (got, want) in results[1].to_f64().iter().zip(want.to_f64()) {
+        let error = (got - want).abs();
+        if error.is_nan() || error > 1e-5 {
+            return Err(format!("a coordinate is off by {error:.2e}").into());
+        }
+    }
+    Ok(())
+}
+
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
+    for gate_input in [GateInput::Input, GateInput::Latent, GateInput::Static] {
+        for bounded in [false, true] {
+            let bound = if bounded { "_bounded" } else { "" };
+            trials.extend(devices::trials(
+                &format!("rotation::a_layer_shows_its_rotations_{gate_input}{bound}"),
+                move |device| a_layer_shows_its_rotations(device, gate_input, bounded),
+            ));
+        }
+    }
     for rotation in Rotation::ALL {
         for rank in [2, 5, 6, 16, 33, 64] {
             if rotation.numbers(rank).is_err() {

@@ -1,7 +1,7 @@
 //! `rankmix devices`.
 
-use rankmix::Device;
 use rankmix::device::AdapterSummary;
+use rankmix::{Device, Result};
 
 fn describe(adapter: &AdapterSummary) {
     let c = &adapter.capabilities;
@@ -31,8 +31,8 @@ fn describe(adapter: &AdapterSummary) {
     println!("  timestamps            {}", yes(c.timestamps));
 }
 
-pub(crate) fn run() {
-    let adapters = Device::list();
+pub(crate) fn run() -> Result<()> {
+    let adapters = Device::list()?;
     for adapter in &adapters {
         describe(adapter);
         println!();
@@ -43,4 +43,5 @@ pub(crate) fn run() {
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     println!("CPU executor (cpu)");
     println!("  threads               {threads}");
+    Ok(())
 }

@@ -86,10 +86,7 @@ impl DeviceArguments {
 
 fn main() -> ExitCode {
     let done = match Program::parse().command {
-        Command::Devices => {
-            devices::run();
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Devices => devices::run().map(|()| ExitCode::SUCCESS),
         Command::Replay(options) => replay::run(&options),
         Command::Time(options) => time::run(&options),
     };
