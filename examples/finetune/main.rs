@@ -5,8 +5,10 @@
 //!     cargo run --release --example finetune -- --steps 1200 --rotation cayley --gate-input latent
 //!     cargo run --release --example finetune -- --text FOLDER_WITH_ONE_FILE_A_LANGUAGE
 
+mod folder;
 mod model;
 mod pictures;
+mod run;
 mod table;
 mod text;
 mod training;
@@ -21,9 +23,9 @@ use model::{Adapter, WIDTH};
 use rankmix::layers::{GateInput, Routing};
 use rankmix::ops::Rotation;
 use rankmix::{Device, DeviceOptions};
+use run::{Outcome, Run};
 use table::Row;
 use text::Language;
-use training::{Outcome, Run};
 
 /// Train a small language model on one language, then adapt it to all of them.
 #[derive(Debug, Parser)]
@@ -145,7 +147,7 @@ fn draw(
     let curves: Vec<pictures::Curve> = compared
         .iter()
         .map(|(adapter, outcomes)| pictures::Curve {
-            name: format!("{}, rank {}", adapter.name(), adapter.rank().unwrap_or(0)),
+            name: adapter.title(),
             losses: mean_of(
                 &outcomes
                     .iter()
@@ -184,7 +186,7 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         .text
         .clone()
         .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/data"));
-    let languages = text::read(&folder)?;
+    let languages = folder::read(&folder)?;
     let adapters = adapters(options)?;
     let Some(base_language) = languages
         .iter()

@@ -51,6 +51,14 @@ impl Adapter {
         }
     }
 
+    /// The name, with the rank where there is one.
+    pub fn title(&self) -> String {
+        match self.rank() {
+            Some(rank) => format!("{}, rank {rank}", self.name()),
+            None => self.name(),
+        }
+    }
+
     pub fn rank(&self) -> Option<usize> {
         match *self {
             Self::None => None,

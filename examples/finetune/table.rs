@@ -1,8 +1,8 @@
 //! The table: held-out bits per byte by adapter and language.
 
 use crate::model::Adapter;
+use crate::run::Outcome;
 use crate::text::Language;
-use crate::training::Outcome;
 
 /// A line of the table: the mean over its runs.
 pub struct Row {

@@ -1,4 +1,4 @@
-//! Text: one file a language, every tenth line held out, and random windows of bytes for training.
+//! Text: a language's lines, every tenth held out, and random windows of bytes for training.
 
 use std::path::Path;
 
@@ -22,65 +22,6 @@ pub struct Language {
 pub struct Batch {
     pub ids: Tensor,
     pub labels: Tensor,
-}
-
-/// Reads every `.txt` file of a folder, in the order of their names.
-pub fn read(folder: &Path) -> Result<Vec<Language>> {
-    let broken = |source| Error::File {
-        path: folder.to_owned(),
-        source,
-    };
-    let mut paths = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(broken)? {
-        let path = entry.map_err(broken)?.path();
-        if path.extension().is_some_and(|ending| ending == "txt") {
-            paths.push(path);
-        }
-    }
-    paths.sort();
-    let mut languages = Vec::new();
-    for path in paths {
-        let text = std::fs::read(&path).map_err(|source| Error::File {
-            path: path.clone(),
-            source,
-        })?;
-        let mut language = Language {
-            name: path
-                .file_stem()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned(),
-            train: Vec::new(),
-            held_out: Vec::new(),
-        };
-        for (number, line) in text
-            .split(|&byte| byte == b'\n')
-            .filter(|line| !line.is_empty())
-            .enumerate()
-        {
-            let part = if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 {
-                &mut language.held_out
-            } else {
-                &mut language.train
-            };
-            part.extend(line);
-            part.push(b'\n');
-        }
-        if language.held_out.is_empty() {
-            let reason = format!(
-                "a language needs at least {HELD_OUT_EVERY} lines, one of which is held out"
-            );
-            return Err(Error::Format { path, reason });
-        }
-        languages.push(language);
-    }
-    if languages.is_empty() {
-        return Err(Error::Format {
-            path: folder.to_owned(),
-            reason: "there is no .txt file".to_owned(),
-        });
-    }
-    Ok(languages)
 }
 
 fn window(text: &[u8], position: usize, ids: &mut Vec<i32>) {
@@ -108,6 +49,41 @@ pub fn sample(languages: &[&Language], tokens: usize, generator: &mut ChaCha8Rng
 }
 
 impl Language {
+    /// A language from its text; it is named as the file is, without the ending.
+    pub fn parse(path: &Path, text: &[u8]) -> Result<Self> {
+        let mut language = Self {
+            name: path
+                .file_stem()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned(),
+            train: Vec::new(),
+            held_out: Vec::new(),
+        };
+        for (number, line) in text
+            .split(|&byte| byte == b'\n')
+            .filter(|line| !line.is_empty())
+            .enumerate()
+        {
+            let part = if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 {
+                &mut language.held_out
+            } else {
+                &mut language.train
+            };
+            part.extend(line);
+            part.push(b'\n');
+        }
+        if language.held_out.is_empty() {
+            return Err(Error::Format {
+                path: path.to_owned(),
+                reason: format!(
+                    "a language needs at least {HELD_OUT_EVERY} lines, one of which is held out"
+                ),
+            });
+        }
+        Ok(language)
+    }
+
     /// The held-out text in batches; the last is filled up with ignored labels.
     pub fn held_out(&self, tokens: usize) -> Result<Vec<(Batch, usize)>> {
         (0..self.held_out.len())
