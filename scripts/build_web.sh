@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# build_web.sh [FOLDER]: the web page with its WebAssembly, ready to be served, in FOLDER [target/web]. Needs Rust; the wasm32
+# build_web.sh [FOLDER]: the web page with its WebAssembly, ready to be served, in FOLDER [target/page]. Needs Rust; the wasm32
 # target and wasm-bindgen are installed where they are missing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/tools.sh
 source scripts/tools.sh
 
-page=${1:-target/web}
+page=${1:-target/page}
 
 # The glue between WebAssembly and JavaScript is written by the program whose version is that of the library linked in.
 version=$(sed -n '/^name = "wasm-bindgen"$/{n;s/^version = "\(.*\)"$/\1/p;}' Cargo.lock)

@@ -12,7 +12,7 @@ command -v python3 >/dev/null || { echo "serve_web.sh: this needs python3" >&2; 
 
 scripts/build_web.sh
 # An address of this machine itself counts as secure: elsewhere browsers give WebGPU to https alone.
-exec python3 - "$port" target/web <<'PYTHON'
+exec python3 - "$port" target/page <<'PYTHON'
 import http.server
 import sys
 

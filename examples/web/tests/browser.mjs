@@ -14,7 +14,7 @@ const packages = createRequire(join(tools, "package.json"));
 
 export const browserName = process.env.RANKMIX_BROWSER ?? "chromium";
 /** The folder that scripts/build_web.sh fills. */
-export const page = join(repository, "target", "web");
+export const page = join(repository, "target", "page");
 /** The golden cases, served as /golden/NAME. */
 export const golden = join(repository, "tests", "golden");
 /** The source of axe-core, to be evaluated in a page. */
