@@ -31,13 +31,15 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> gradient: array<f32>;   // chunk: partial or dM, total: dM
 
 fn z_element(index: u32, inside: bool) -> f32 {
-  if (!inside) { return 0.0; }
-  return z[index >> 2u][index & 3u];
+  var value = 0.0;
+  if (inside) { value = z[index >> 2u][index & 3u]; }
+  return value;
 }
 
 fn du_element(index: u32, inside: bool) -> f32 {
-  if (!inside) { return 0.0; }
-  return du[index >> 2u][index & 3u];
+  var value = 0.0;
+  if (inside) { value = du[index >> 2u][index & 3u]; }
+  return value;
 }
 
 fn z_block(token: u32, i: u32) -> vec4<f32> {
@@ -55,13 +57,14 @@ fn du_block(token: u32, j: u32) -> vec4<f32> {
 }
 
 fn store_row(base: u32, row: u32, column: u32, v: vec4<f32>) {
-  if (row >= params.rank) { return; }
-  let at = base + row * params.rank + column;
-  let rest = params.rank - column;
-  gradient[at] = v.x;
-  if (rest > 1u) { gradient[at + 1u] = v.y; }
-  if (rest > 2u) { gradient[at + 2u] = v.z; }
-  if (rest > 3u) { gradient[at + 3u] = v.w; }
+  if (row < params.rank) {
+    let at = base + row * params.rank + column;
+    let rest = params.rank - column;
+    gradient[at] = v.x;
+    if (rest > 1u) { gradient[at + 1u] = v.y; }
+    if (rest > 2u) { gradient[at + 2u] = v.z; }
+    if (rest > 3u) { gradient[at + 3u] = v.w; }
+  }
 }
 
 @compute @workgroup_size(WORKGROUP)

@@ -37,13 +37,15 @@ struct Params {
 @group(0) @binding(6) var<storage, read> row_of_pair: array<u32>;
 
 fn z_element(index: u32, inside: bool) -> f32 {
-  if (!inside) { return 0.0; }
-  return z[index >> 2u][index & 3u];
+  var value = 0.0;
+  if (inside) { value = z[index >> 2u][index & 3u]; }
+  return value;
 }
 
 fn weight_element(index: u32, inside: bool) -> f32 {
-  if (!inside) { return 0.0; }
-  return weight[index >> 2u][index & 3u];
+  var value = 0.0;
+  if (inside) { value = weight[index >> 2u][index & 3u]; }
+  return value;
 }
 
 fn z_block(row: u32, i: u32) -> vec4<f32> {
@@ -61,8 +63,9 @@ fn weight_block(base: u32, row: u32, j: u32, width: u32, inside: bool) -> vec4<f
 }
 
 fn store(at: u32, inside: bool, value: f32) {
-  if (!inside) { return; }
-  if (ACCUMULATE) { y[at] += value; } else { y[at] = value; }
+  if (inside) {
+    if (ACCUMULATE) { y[at] += value; } else { y[at] = value; }
+  }
 }
 
 @compute @workgroup_size(LANES_OUT, LANES_ROWS)

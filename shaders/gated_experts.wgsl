@@ -158,28 +158,29 @@ fn start_at(place: u32, last: u32) -> u32 {
 }
 
 fn store_row(place: u32, end: u32, out: u32, g: vec4<f32>, u: vec4<f32>) {
-  if (place >= end) { return; }
-  let at = pair_at(place, end) * params.out + out;
-  let left = params.out - out;
-  var result = activate(g);
-  if (GATED) { result *= u; }
-  h[at] = result.x;
-  gate[at] = g.x;
-  if (GATED) { up[at] = u.x; }
-  if (left > 1u) {
-    h[at + 1u] = result.y;
-    gate[at + 1u] = g.y;
-    if (GATED) { up[at + 1u] = u.y; }
-  }
-  if (left > 2u) {
-    h[at + 2u] = result.z;
-    gate[at + 2u] = g.z;
-    if (GATED) { up[at + 2u] = u.z; }
-  }
-  if (left > 3u) {
-    h[at + 3u] = result.w;
-    gate[at + 3u] = g.w;
-    if (GATED) { up[at + 3u] = u.w; }
+  if (place < end) {
+    let at = pair_at(place, end) * params.out + out;
+    let left = params.out - out;
+    var result = activate(g);
+    if (GATED) { result *= u; }
+    h[at] = result.x;
+    gate[at] = g.x;
+    if (GATED) { up[at] = u.x; }
+    if (left > 1u) {
+      h[at + 1u] = result.y;
+      gate[at + 1u] = g.y;
+      if (GATED) { up[at + 1u] = u.y; }
+    }
+    if (left > 2u) {
+      h[at + 2u] = result.z;
+      gate[at + 2u] = g.z;
+      if (GATED) { up[at + 2u] = u.z; }
+    }
+    if (left > 3u) {
+      h[at + 3u] = result.w;
+      gate[at + 3u] = g.w;
+      if (GATED) { up[at + 3u] = u.w; }
+    }
   }
 }
 

@@ -52,17 +52,20 @@ struct Columns {
   l0: vec4<f32>, h0: vec4<f32>, l1: vec4<f32>, h1: vec4<f32>, l2: vec4<f32>, h2: vec4<f32>, l3: vec4<f32>, h3: vec4<f32>,
 }
 
+// One way out: a second return becomes a switch wherever the function is inlined, and SwiftShader compiles for minutes.
 fn a_element(index: u32, inside: bool) -> f32 {
-  if (!inside) { return 0.0; }
-  return a[index >> 2u][index & 3u];
+  var value = 0.0;
+  if (inside) { value = a[index >> 2u][index & 3u]; }
+  return value;
 }
 
 fn b_element(index: u32, inside: bool) -> f32 {
-  if (!inside) { return 0.0; }
-  return b[index >> 2u][index & 3u];
+  var value = 0.0;
+  if (inside) { value = b[index >> 2u][index & 3u]; }
+  return value;
 }
 
-// Four neighbours in a stored row, zeros outside. & takes no branch: with && Chromium's software driver compiles for minutes.
+// Four neighbours in a stored row, zeros outside. & takes no branch: see a_element.
 fn a_guarded(base: u32, row: u32, column: u32, rows: u32, columns: u32) -> vec4<f32> {
   let index = base + row * columns + column;
   let inside = row < rows;
@@ -158,14 +161,15 @@ fn multiply_add(t: ptr<function, Tile>, x: Rows, y: Columns) {
 }
 
 fn store(index: u32, inside: bool, value: f32) {
-  if (!inside) { return; }
-  if (ACCUMULATE) { c[index] += value; } else { c[index] = value; }
+  if (inside) {
+    if (ACCUMULATE) { c[index] += value; } else { c[index] = value; }
+  }
 }
 
 fn store_row(base: u32, row: u32, column: u32, low: vec4<f32>, high: vec4<f32>) {
-  if (row >= params.m) { return; }
   let index = base + row * params.n + column;
-  let left = params.n - min(column, params.n);
+  // nothing is left in a row past the last
+  let left = select(0u, params.n - min(column, params.n), row < params.m);
   let l = params.alpha * low;
   let h = params.alpha * high;
   store(index, left > 0u, l.x);

@@ -53,26 +53,30 @@ fn expert_of(token: u32, slot: u32) -> u32 {
 }
 
 fn z_element(index: u32, inside: bool) -> f32 {
-  if (!inside) { return 0.0; }
-  return z[index >> 2u][index & 3u];
+  var value = 0.0;
+  if (inside) { value = z[index >> 2u][index & 3u]; }
+  return value;
 }
 
 fn du_element(index: u32, inside: bool) -> f32 {
-  if (!inside) { return 0.0; }
-  return du[index >> 2u][index & 3u];
+  var value = 0.0;
+  if (inside) { value = du[index >> 2u][index & 3u]; }
+  return value;
 }
 
 fn core_element(index: u32, inside: bool) -> f32 {
-  if (!inside) { return 0.0; }
-  return core[index >> 2u][index & 3u];
+  var value = 0.0;
+  if (inside) { value = core[index >> 2u][index & 3u]; }
+  return value;
 }
 
 // 4 elements of a row, 0 past its end.
 fn z_block(token: u32, i: u32) -> vec4<f32> {
   let at = token * params.rank + i;
   if (ALIGNED) {
-    if (i >= params.rank) { return vec4(0.0); }
-    return z[at >> 2u];
+    var block = vec4(0.0);
+    if (i < params.rank) { block = z[at >> 2u]; }
+    return block;
   }
   let r = params.rank;
   return vec4(z_element(at, i < r), z_element(at + 1u, i + 1u < r), z_element(at + 2u, i + 2u < r), z_element(at + 3u, i + 3u < r));
@@ -95,13 +99,14 @@ fn core_block(expert: u32, row: u32, j: u32) -> vec4<f32> {
 }
 
 fn store(token: u32, j: u32, v: vec4<f32>) {
-  if (j >= params.rank) { return; }
-  let at = token * params.rank + j;
-  let rest = params.rank - j;
-  out_rows[at] = v.x;
-  if (rest > 1u) { out_rows[at + 1u] = v.y; }
-  if (rest > 2u) { out_rows[at + 2u] = v.z; }
-  if (rest > 3u) { out_rows[at + 3u] = v.w; }
+  if (j < params.rank) {
+    let at = token * params.rank + j;
+    let rest = params.rank - j;
+    out_rows[at] = v.x;
+    if (rest > 1u) { out_rows[at + 1u] = v.y; }
+    if (rest > 2u) { out_rows[at + 2u] = v.z; }
+    if (rest > 3u) { out_rows[at + 3u] = v.w; }
+  }
 }
 
 @compute @workgroup_size(WORKGROUP)
@@ -263,9 +268,10 @@ fn rows_times_du(expert: u32, i: u32, token: u32) -> vec4<f32> {
 
 // A part of dg: the rows of the first round, or of a later one, in which the same invocation has the same element.
 fn store_gate(token: u32, slot: u32, first_round: bool, part: f32) {
-  if (token >= params.tokens) { return; }
-  let at = token * params.slots + slot;
-  if (first_round) { d_gates[at] = part; } else { d_gates[at] += part; }
+  if (token < params.tokens) {
+    let at = token * params.slots + slot;
+    if (first_round) { d_gates[at] = part; } else { d_gates[at] += part; }
+  }
 }
 
 @compute @workgroup_size(WORKGROUP)

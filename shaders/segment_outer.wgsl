@@ -36,13 +36,15 @@ struct Params {
 @group(0) @binding(7) var<storage, read> rows: array<u32>;
 
 fn left_element(index: u32, inside: bool) -> f32 {
-  if (!inside) { return 0.0; }
-  return left[index >> 2u][index & 3u];
+  var value = 0.0;
+  if (inside) { value = left[index >> 2u][index & 3u]; }
+  return value;
 }
 
 fn right_element(index: u32, inside: bool) -> f32 {
-  if (!inside) { return 0.0; }
-  return right[index >> 2u][index & 3u];
+  var value = 0.0;
+  if (inside) { value = right[index >> 2u][index & 3u]; }
+  return value;
 }
 
 fn left_block(row: u32, i: u32) -> vec4<f32> {
@@ -62,14 +64,15 @@ fn right_block(row: u32, i: u32) -> vec4<f32> {
 }
 
 fn store_row(base: u32, row: u32, column: u32, values: vec4<f32>) {
-  if (row >= params.left) { return; }
-  let at = base + row * params.right + column;
-  let rest = params.right - column;
-  let v = params.scale * values;
-  gradient[at] = v.x;
-  if (rest > 1u) { gradient[at + 1u] = v.y; }
-  if (rest > 2u) { gradient[at + 2u] = v.z; }
-  if (rest > 3u) { gradient[at + 3u] = v.w; }
+  if (row < params.left) {
+    let at = base + row * params.right + column;
+    let rest = params.right - column;
+    let v = params.scale * values;
+    gradient[at] = v.x;
+    if (rest > 1u) { gradient[at + 1u] = v.y; }
+    if (rest > 2u) { gradient[at + 2u] = v.z; }
+    if (rest > 3u) { gradient[at + 3u] = v.w; }
+  }
 }
 
 @compute @workgroup_size(LANES_RIGHT, LANES_LEFT)

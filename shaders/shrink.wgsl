@@ -36,13 +36,15 @@ fn segment_start(expert: u32) -> u32 {
 }
 
 fn x_element(index: u32, inside: bool) -> f32 {
-  if (!inside) { return 0.0; }
-  return x[index >> 2u][index & 3u];
+  var value = 0.0;
+  if (inside) { value = x[index >> 2u][index & 3u]; }
+  return value;
 }
 
 fn weight_element(index: u32, inside: bool) -> f32 {
-  if (!inside) { return 0.0; }
-  return weight[index >> 2u][index & 3u];
+  var value = 0.0;
+  if (inside) { value = weight[index >> 2u][index & 3u]; }
+  return value;
 }
 
 // Elements i..i+4 of a row of x.
@@ -62,13 +64,14 @@ fn weight_block(base: u32, row: u32, j: u32, width: u32, inside: bool) -> vec4<f
 }
 
 fn store(pair: u32, out: u32, inside: bool, value: vec4<f32>) {
-  if (!inside) { return; }
-  let at = pair * params.out + out;
-  let left = params.out - out;
-  z[at] = value.x;
-  if (left > 1u) { z[at + 1u] = value.y; }
-  if (left > 2u) { z[at + 2u] = value.z; }
-  if (left > 3u) { z[at + 3u] = value.w; }
+  if (inside) {
+    let at = pair * params.out + out;
+    let left = params.out - out;
+    z[at] = value.x;
+    if (left > 1u) { z[at + 1u] = value.y; }
+    if (left > 2u) { z[at + 2u] = value.z; }
+    if (left > 3u) { z[at + 3u] = value.w; }
+  }
 }
 
 @compute @workgroup_size(LANES_OUT, LANES_PAIRS)
