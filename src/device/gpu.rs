@@ -9,6 +9,9 @@ use crate::device::pipelines::PipelineCache;
 use crate::device::reports::Reports;
 use crate::error::{Error, Result};
 
+/// How often a browser that refused a call is asked for more before its device is taken to be there.
+const LOSS_ROUND_TRIPS: usize = 16;
+
 /// Buffers are bound as arrays of up to 16-byte elements: sizes are multiples of that.
 pub(crate) const BUFFER_ALIGNMENT: u64 = 16;
 
@@ -199,9 +202,33 @@ impl Gpu {
     pub(crate) async fn done(&self) -> Result<()> {
         let (sender, receiver) = once::channel();
         self.queue.on_submitted_work_done(move || sender.send(()));
-        self.reports.settle().await?;
+        self.settle().await?;
         receiver.await;
         self.reports.fault()
+    }
+
+    /// Waits for the reports of all calls so far, and for a lost device to be known as such.
+    pub(crate) async fn settle(&self) -> Result<()> {
+        match self.reports.settle().await {
+            Err(error) => Err(self.lost_or(error).await),
+            settled => settled,
+        }
+    }
+
+    /// The error that a lost device explains, if it is lost. A browser says so after calls have failed: Chromium by the time that its
+    /// empty queue is done, Firefox some messages later.
+    async fn lost_or(&self, error: Error) -> Error {
+        if cfg!(target_arch = "wasm32") {
+            for _ in 0..LOSS_ROUND_TRIPS {
+                let (sender, receiver) = once::channel();
+                self.queue.on_submitted_work_done(move || sender.send(()));
+                receiver.await;
+                if let Err(lost @ Error::DeviceLost { .. }) = self.reports.fault() {
+                    return lost;
+                }
+            }
+        }
+        error
     }
 
     /// Asks for the first `bytes` of a staging buffer, to be read once the copy into it is done.
@@ -231,16 +258,13 @@ impl Gpu {
         if poll && !mappings.is_empty() {
             self.wait()?;
         }
-        self.reports.settle().await?;
+        self.settle().await?;
         let mut contents = Vec::with_capacity(mappings.len());
         for mapping in mappings {
             match mapping.contents().await {
                 Ok(bytes) => contents.push(bytes),
                 Err(error) => {
-                    // A browser says that the device is lost after it has failed to map.
-                    if cfg!(target_arch = "wasm32") {
-                        self.done().await?;
-                    }
+                    let error = self.lost_or(error).await;
                     self.reports.fault()?;
                     return Err(error);
                 }

@@ -257,7 +257,7 @@ impl Device {
     /// In a browser waits for wgpu's reports of all calls so far, and returns the first error among them; natively each call has returned its own.
     pub(crate) async fn settle(&self) -> Result<()> {
         match &self.kind {
-            Kind::Gpu(gpu) => gpu.reports.settle().await,
+            Kind::Gpu(gpu) => gpu.settle().await,
             Kind::Host { .. } => Ok(()),
         }
     }
