@@ -92,6 +92,8 @@ pub(crate) fn capabilities_of(
     limits: &wgpu::Limits,
     features: wgpu::Features,
 ) -> Capabilities {
+    let subgroups = features.contains(wgpu::Features::SUBGROUP);
+    let one_size = subgroups && info.subgroup_min_size == info.subgroup_max_size;
     Capabilities {
         class: class_of(info),
         max_workgroups_per_dimension: limits.max_compute_workgroups_per_dimension,
@@ -102,7 +104,8 @@ pub(crate) fn capabilities_of(
         max_buffer_bytes: limits.max_buffer_size,
         uniform_alignment: limits.min_uniform_buffer_offset_alignment,
         f16: features.contains(wgpu::Features::SHADER_F16),
-        subgroups: features.contains(wgpu::Features::SUBGROUP),
+        subgroups,
+        subgroup_size: one_size.then_some(info.subgroup_min_size),
         timestamps: features.contains(timestamp_features()),
     }
 }

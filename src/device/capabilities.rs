@@ -52,6 +52,8 @@ pub struct Capabilities {
     pub f16: bool,
     /// Whether kernels may use subgroup operations.
     pub subgroups: bool,
+    /// The number of invocations in every subgroup, where there are subgroups and their size does not vary.
+    pub subgroup_size: Option<u32>,
     /// Whether single launches can be timed on the device.
     pub timestamps: bool,
 }
@@ -71,6 +73,7 @@ impl Capabilities {
             uniform_alignment: 256,
             f16: false,
             subgroups: false,
+            subgroup_size: None,
             timestamps: false,
         }
     }

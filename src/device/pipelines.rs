@@ -157,9 +157,15 @@ impl Gpu {
         if let Some(module) = modules.get(&shader) {
             return Ok(module.clone());
         }
+        // The standard insists on the line, and so do browsers; naga knows the built-ins and not the line.
+        let source = if cfg!(target_arch = "wasm32") {
+            shader.source.into()
+        } else {
+            shader.source.replace("enable subgroups;", "").into()
+        };
         let descriptor = wgpu::ShaderModuleDescriptor {
             label: Some(shader.name),
-            source: wgpu::ShaderSource::Wgsl(shader.source.into()),
+            source: wgpu::ShaderSource::Wgsl(source),
         };
         let module = self.scoped(shader.name, 0, || {
             if self.checked {
