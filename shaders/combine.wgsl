@@ -6,7 +6,7 @@
 //
 // Layouts       u, du: [pairs, width];  gates, dg: [tokens, slots] (GATED, else 1);  rows: [tokens, slots], an index past the last row
 //               for a pair that belongs to none;  y, dy: [tokens rows_per_token, width].
-// Grid          forward: one invocation an element of y; neighbours read neighbours, the slots are summed in their order: no atomics.
+// Grid          forward: one invocation an element of y (forward_four: four of them); neighbours read neighbours, the slots are summed in their order: no atomics.
 //               backward: one workgroup a pair.  Folded into (x, y).
 
 override WORKGROUP: u32 = 64u;
@@ -31,6 +31,8 @@ struct Params {
 @group(0) @binding(5) var<storage, read> dy: array<f32>;
 @group(0) @binding(6) var<storage, read_write> du: array<f32>;
 @group(0) @binding(7) var<storage, read_write> d_gates: array<f32>;
+@group(0) @binding(8) var<storage, read> u_fours: array<vec4<f32>>;         // forward_four only: u
+@group(0) @binding(9) var<storage, read_write> y_fours: array<vec4<f32>>;   // forward_four only: y
 
 @compute @workgroup_size(WORKGROUP)
 fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
@@ -49,6 +51,27 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
     sum += factor * u[pair * params.width + column];
   }
   if (ACCUMULATE) { y[element] += sum; } else { y[element] = sum; }
+}
+
+// forward where the width is a multiple of 4: an invocation has four neighbours.
+@compute @workgroup_size(WORKGROUP)
+fn forward_four(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+  let four = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
+  let fours = params.width / 4u;
+  if (four >= params.rows * fours) { return; }
+  let row = four / fours;
+  let column = four % fours;
+  let first_slot = row / params.rows_per_token * params.slots;
+  var sum = vec4(0.0);
+  for (var pair = first_slot; pair < first_slot + params.slots; pair++) {
+    if (MAPPED) {
+      if (rows[pair] != row) { continue; }
+    }
+    var factor = params.scale;
+    if (GATED) { factor *= gates[pair]; }
+    sum += factor * u_fours[pair * fours + column];
+  }
+  if (ACCUMULATE) { y_fours[four] += sum; } else { y_fours[four] = sum; }
 }
 
 @compute @workgroup_size(WORKGROUP)

@@ -199,46 +199,56 @@ fn functions(one: Declared<'_>, form: HalfForm) -> String {
         ..
     } = one;
     let wide = element.wide();
+    // Names that no binding has: a parameter would hide it.
     let read = match (form, element) {
-        (HalfForm::Native, _) => format!("{wide}({name}[i])"),
+        (HalfForm::Native, _) => format!("{wide}({name}[half_index])"),
         (HalfForm::Packed, Element::Scalar) => {
-            format!("unpack2x16float({name}[i >> 1u] >> ((i & 1u) * 16u)).x")
+            format!("unpack2x16float({name}[half_index >> 1u] >> ((half_index & 1u) * 16u)).x")
         }
-        (HalfForm::Packed, Element::Vec2) => format!("unpack2x16float({name}[i])"),
+        (HalfForm::Packed, Element::Vec2) => format!("unpack2x16float({name}[half_index])"),
         (HalfForm::Packed, Element::Vec4) => {
-            format!("vec4(unpack2x16float({name}[i].x), unpack2x16float({name}[i].y))")
+            format!(
+                "vec4(unpack2x16float({name}[half_index].x), unpack2x16float({name}[half_index].y))"
+            )
         }
     };
-    let mut text = format!("\nfn half_load_{name}(i: u32) -> {wide} {{ return {read}; }}\n");
+    let mut text =
+        format!("\nfn half_load_{name}(half_index: u32) -> {wide} {{ return {read}; }}\n");
     // A component that is chosen at run time is chosen in memory. Microsoft's FXC picks one of a vector by multiplying the others with
     // zero: beside an infinity, or what lies past an array's end, that makes a NaN.
     let component = match (form, element) {
         (_, Element::Scalar) => None,
-        (HalfForm::Native, _) => Some(format!("f32({name}[i][c])")),
-        (HalfForm::Packed, Element::Vec2) => {
-            Some(format!("unpack2x16float({name}[i] >> ((c & 1u) * 16u)).x"))
-        }
+        (HalfForm::Native, _) => Some(format!("f32({name}[half_index][half_which])")),
+        (HalfForm::Packed, Element::Vec2) => Some(format!(
+            "unpack2x16float({name}[half_index] >> ((half_which & 1u) * 16u)).x"
+        )),
         (HalfForm::Packed, Element::Vec4) => Some(format!(
-            "unpack2x16float({name}[i][c >> 1u] >> ((c & 1u) * 16u)).x"
+            "unpack2x16float({name}[half_index][half_which >> 1u] >> ((half_which & 1u) * 16u)).x"
         )),
     };
     if let Some(component) = component {
         text.push_str(&format!(
-            "fn half_component_{name}(i: u32, c: u32) -> f32 {{ return {component}; }}\n"
+            "fn half_component_{name}(half_index: u32, half_which: u32) -> f32 {{ return {component}; }}\n"
         ));
     }
     if writable {
         let narrow = match (form, element) {
-            (HalfForm::Native, Element::Vec2) => "vec2(half_narrow(v.x), half_narrow(v.y))",
-            (HalfForm::Native, Element::Vec4) => {
-                "vec4(half_narrow(v.x), half_narrow(v.y), half_narrow(v.z), half_narrow(v.w))"
+            (HalfForm::Native, Element::Vec2) => {
+                "vec2(half_narrow(half_value.x), half_narrow(half_value.y))"
             }
-            (HalfForm::Packed, Element::Vec4) => "vec2(half_narrow(v.xy), half_narrow(v.zw))",
+            (HalfForm::Native, Element::Vec4) => {
+                "vec4(half_narrow(half_value.x), half_narrow(half_value.y), half_narrow(half_value.z), half_narrow(half_value.w))"
+            }
+            (HalfForm::Packed, Element::Vec4) => {
+                "vec2(half_narrow(half_value.xy), half_narrow(half_value.zw))"
+            }
             // One f16, or the two that share a word.
-            (HalfForm::Native, Element::Scalar) | (HalfForm::Packed, _) => "half_narrow(v)",
+            (HalfForm::Native, Element::Scalar) | (HalfForm::Packed, _) => {
+                "half_narrow(half_value)"
+            }
         };
         text.push_str(&format!(
-            "fn half_store_{name}(i: u32, v: {wide}) {{ {name}[i] = {narrow}; }}\n"
+            "fn half_store_{name}(half_index: u32, half_value: {wide}) {{ {name}[half_index] = {narrow}; }}\n"
         ));
     }
     text

@@ -26,7 +26,7 @@ pub(crate) use store::{MASTER, rounds_to};
 
 use crate::error::{Error, Result};
 use crate::graph::recompute::Recomputation;
-use crate::ops::{AliasKind, Op};
+use crate::ops::{AliasKind, Op, Product};
 use crate::tensor::{DType, Shape, Tensor, TensorType};
 
 /// A handle on a tensor of a [`Graph`].
@@ -112,6 +112,8 @@ pub struct Graph {
     names: HashMap<String, Value>,
     /// The value that a parameter has after the operations that update it.
     updated: HashMap<Value, Value>,
+    /// Products of two matrices, and what they were added to: see [`Graph::matmul_onto`].
+    pub(crate) products: HashMap<Value, (Product, Option<Value>)>,
     precision: Precision,
     recomputation: Recomputation,
     training: bool,
@@ -144,6 +146,7 @@ impl Graph {
             outputs: Vec::new(),
             names: HashMap::new(),
             updated: HashMap::new(),
+            products: HashMap::new(),
             precision: Precision::F32,
             recomputation: Recomputation::default(),
             training: false,

@@ -197,6 +197,7 @@ impl Graph {
             outputs: originals(&self.outputs),
             names: self.names.clone(),
             updated: self.updated.clone(),
+            products: HashMap::new(),
             recomputation: Recomputation::default(),
             precision: self.precision,
             training: self.training,

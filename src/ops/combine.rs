@@ -106,16 +106,23 @@ impl CombineSizes {
             unread,
             y,
         } = operands;
-        let launch = Launch::new(shader!("combine", "reduce"), "forward")
+        let fours = self.width.is_multiple_of(4);
+        let (entry, u_binding, y_binding, each) = if fours {
+            ("forward_four", 8, 9, 4)
+        } else {
+            ("forward", 1, 4, 1)
+        };
+        let launch = Launch::new(shader!("combine", "reduce"), entry)
             .constant("GATED", gates.is_some())
             .constant("MAPPED", rows.is_some())
             .constant("ACCUMULATE", accumulate)
-            .read(1, u)
+            .read(u_binding, u)
             .read(2, gates.unwrap_or(u))
             .read(3, rows.unwrap_or(unread))
-            .write(4, y);
+            .write(y_binding, y);
+        let invocations = self.rows() * self.width / each;
         self.params(launch, scale)
-            .folded((self.rows() * self.width).div_ceil(WORKGROUP), capabilities)
+            .folded(invocations.div_ceil(WORKGROUP), capabilities)
     }
 }
 

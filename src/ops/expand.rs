@@ -12,6 +12,7 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::combine::{CombineOperands, CombineSizes};
 use crate::ops::gate_gradient::GateGradient;
+use crate::ops::matmul_kernels::subgroup_tiles;
 use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::{RowOf, expect_segments, gather, host_segments, products, weight_sizes};
 use crate::ops::shrink::{self, Shrink};
@@ -309,7 +310,12 @@ impl Op for Expand {
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let sizes = self.sizes(io.inputs)?;
         let scratch_bytes = (sizes.tokens * sizes.slots * sizes.out) as u64 * 4;
-        if sizes.input > NARROW
+        let narrow = if subgroup_tiles(capabilities) {
+            0
+        } else {
+            NARROW
+        };
+        if sizes.input > narrow
             && sizes.tokens >= FEW_TOKENS
             && scratch_bytes <= capabilities.max_binding_bytes.min(MAX_SCRATCH_BYTES)
         {

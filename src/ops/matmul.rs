@@ -1,19 +1,15 @@
 //! Matrix products, in all transposes, batched, and added into a tensor that is already there.
 
-use crate::device::{Capabilities, Launch, Launches, Slot};
+use crate::device::{Capabilities, Launches};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host_gemm::{Matrix, gemm};
+use crate::ops::matmul_kernels::{self, Launched};
 use crate::ops::{
-    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, expect_f32, shader,
+    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, expect_f32,
 };
 use crate::tensor::{DType, TensorType};
-
-/// Rows and columns of the result that one invocation computes, as in `shaders/matmul.wgsl`.
-const TILE: usize = 8;
-/// Fewer workgroups than this leave a processor idle: smaller ones are made.
-const ENOUGH_GROUPS: usize = 32;
 
 /// Which operands of a matrix product are transposed, and the factor in front of it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -36,21 +32,53 @@ impl Default for MatMul {
     }
 }
 
+/// Inputs: a, b, those of the second product if there is one, the base if `accumulate`.
 #[derive(Clone, Copy, Debug)]
 struct MatMulOp {
     options: MatMul,
+    second: Option<MatMul>,
     accumulate: bool,
+}
+
+/// One of two products that are summed: see [`Graph::matmul_sum`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Product {
+    /// The left operand.
+    pub a: Value,
+    /// The right operand.
+    pub b: Value,
+    /// Transposes, and the factor in front.
+    pub options: MatMul,
+}
+
+impl Product {
+    /// `a bᵀ`.
+    #[must_use]
+    pub fn nt(a: Value, b: Value) -> Self {
+        let options = MatMul {
+            transpose_b: true,
+            ..MatMul::default()
+        };
+        Self { a, b, options }
+    }
+
+    /// The same with another factor in front.
+    #[must_use]
+    pub fn scaled(mut self, alpha: f32) -> Self {
+        self.options.alpha = alpha;
+        self
+    }
 }
 
 /// The sizes of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Sizes {
-    batch: usize,
-    m: usize,
-    n: usize,
-    k: usize,
-    a_batched: bool,
-    b_batched: bool,
+pub(crate) struct Sizes {
+    pub(crate) batch: usize,
+    pub(crate) m: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    pub(crate) a_batched: bool,
+    pub(crate) b_batched: bool,
 }
 
 impl Graph {
@@ -89,22 +117,91 @@ impl Graph {
         options: MatMul,
         base: Option<Value>,
     ) -> Result<Value> {
+        let product = self.apply_product(Product { a, b, options }, None, base)?;
+        let matrices = self.ty(a)?.shape.rank() == 2 && self.ty(b)?.shape.rank() == 2;
+        if matrices {
+            self.products
+                .insert(product, (Product { a, b, options }, base));
+        }
+        Ok(product)
+    }
+
+    /// `first + second`, two products of matrices of the same size, in one kernel: what an adapter adds to its layer is added where the
+    /// layer's tile is still in registers.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the shapes do not fit, or an operand has a batch dimension.
+    pub fn matmul_sum(&mut self, first: Product, second: Product) -> Result<Value> {
+        self.apply_product(first, Some(second), None)
+    }
+
+    /// `sum + product`, where nothing else will read `sum`: if that is itself a product, both are made by one kernel.
+    pub(crate) fn matmul_onto(&mut self, sum: Option<Value>, product: Product) -> Result<Value> {
+        let Product { a, b, options } = product;
+        let matrices = self.ty(a)?.shape.rank() == 2 && self.ty(b)?.shape.rank() == 2;
+        match sum.and_then(|sum| self.products.get(&sum)) {
+            Some(&(first, base)) if matrices => self.apply_product(first, Some(product), base),
+            _ => self.matmul_with(a, b, options, sum),
+        }
+    }
+
+    fn apply_product(
+        &mut self,
+        first: Product,
+        second: Option<Product>,
+        base: Option<Value>,
+    ) -> Result<Value> {
         let op = MatMulOp {
-            options,
+            options: first.options,
+            second: second.map(|second| second.options),
             accumulate: base.is_some(),
         };
-        match base {
-            Some(base) => self.apply1(op, &[a, b, base]),
-            None => self.apply1(op, &[a, b]),
-        }
+        let products = [first].into_iter().chain(second);
+        let mut inputs: Vec<Value> = products.flat_map(|one| [one.a, one.b]).collect();
+        inputs.extend(base);
+        self.apply1(op, &inputs)
     }
 }
 
 impl MatMulOp {
-    fn sizes(&self, a: &TensorType, b: &TensorType) -> Result<Sizes> {
+    /// The number of the input that is added into.
+    fn base(&self) -> usize {
+        if self.second.is_some() { 4 } else { 2 }
+    }
+
+    fn product(&self, inputs: &[TensorType]) -> Result<Launched> {
+        let first = Self::sizes(self.options, &inputs[0], &inputs[1])?;
+        let second = self
+            .second
+            .map(|options| {
+                let sizes = Self::sizes(options, &inputs[2], &inputs[3])?;
+                let matrices = [first, sizes]
+                    .iter()
+                    .all(|sizes| !sizes.a_batched && !sizes.b_batched);
+                if matrices && (sizes.m, sizes.n) == (first.m, first.n) {
+                    Ok((options, sizes))
+                } else {
+                    Err(Error::shape(
+                        "matmul",
+                        format!(
+                            "the products of {} and {} and of {} and {} cannot be added",
+                            inputs[0], inputs[1], inputs[2], inputs[3]
+                        ),
+                    ))
+                }
+            })
+            .transpose()?;
+        Ok(Launched {
+            first: (self.options, first),
+            second,
+            accumulate: self.accumulate,
+        })
+    }
+
+    fn sizes(options: MatMul, a: &TensorType, b: &TensorType) -> Result<Sizes> {
         let wrong = || {
-            let marks = [self.options.transpose_a, self.options.transpose_b]
-                .map(|t| if t { "ᵀ" } else { "" });
+            let marks =
+                [options.transpose_a, options.transpose_b].map(|t| if t { "ᵀ" } else { "" });
             Error::shape(
                 "matmul",
                 format!("{a}{} times {b}{} do not fit", marks[0], marks[1]),
@@ -117,12 +214,12 @@ impl MatMulOp {
         };
         let (a_batch, a_rows, a_columns) = split(a)?;
         let (b_batch, b_rows, b_columns) = split(b)?;
-        let (m, k) = if self.options.transpose_a {
+        let (m, k) = if options.transpose_a {
             (a_columns, a_rows)
         } else {
             (a_rows, a_columns)
         };
-        let (b_k, n) = if self.options.transpose_b {
+        let (b_k, n) = if options.transpose_b {
             (b_columns, b_rows)
         } else {
             (b_rows, b_columns)
@@ -143,81 +240,61 @@ impl MatMulOp {
     }
 
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        let sizes = self.sizes(io.input_type(0)?, io.input_type(1)?)?;
-        let Sizes { batch, m, n, k, .. } = sizes;
-        let (a, b) = (io.floats(0)?, io.floats(1)?);
         let out = io.floats_out(0)?;
-        for index in 0..batch {
-            let at = |batched: bool, size: usize| if batched { index * size } else { 0 };
-            let (a, b) = (
-                &a[at(sizes.a_batched, m * k)..],
-                &b[at(sizes.b_batched, k * n)..],
-            );
-            let (ta, tb) = (self.options.transpose_a, self.options.transpose_b);
-            let left = if ta {
-                Matrix::new(a, k, m)
-            } else {
-                Matrix::new(a, m, k)
-            };
-            let right = if tb {
-                Matrix::new(b, n, k)
-            } else {
-                Matrix::new(b, k, n)
-            };
-            let alpha = R::of(f64::from(self.options.alpha));
-            let out = &mut out[index * m * n..(index + 1) * m * n];
-            gemm(
-                out,
-                left.transposed_if(ta),
-                right.transposed_if(tb),
-                alpha,
-                self.accumulate,
-                true,
-            );
+        for (which, options) in [Some(self.options), self.second]
+            .into_iter()
+            .flatten()
+            .enumerate()
+        {
+            let (left, right) = (2 * which, 2 * which + 1);
+            let sizes = Self::sizes(options, io.input_type(left)?, io.input_type(right)?)?;
+            let Sizes { batch, m, n, k, .. } = sizes;
+            let (a, b) = (io.floats(left)?, io.floats(right)?);
+            let (ta, tb) = (options.transpose_a, options.transpose_b);
+            for index in 0..batch {
+                let at = |batched: bool, size: usize| if batched { index * size } else { 0 };
+                let (a, b) = (
+                    &a[at(sizes.a_batched, m * k)..],
+                    &b[at(sizes.b_batched, k * n)..],
+                );
+                let left = if ta {
+                    Matrix::new(a, k, m)
+                } else {
+                    Matrix::new(a, m, k)
+                };
+                let right = if tb {
+                    Matrix::new(b, n, k)
+                } else {
+                    Matrix::new(b, k, n)
+                };
+                gemm(
+                    &mut out[index * m * n..(index + 1) * m * n],
+                    left.transposed_if(ta),
+                    right.transposed_if(tb),
+                    R::of(f64::from(options.alpha)),
+                    self.accumulate || which > 0,
+                    true,
+                );
+            }
         }
         Ok(())
     }
 }
 
-impl Op for MatMulOp {
-    fn name(&self) -> &'static str {
-        "matmul"
-    }
-
-    fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
-        let count = if self.accumulate { 3 } else { 2 };
-        expect_count(self.name(), inputs, count)?;
-        expect_dtype(self.name(), "the left operand", &inputs[0], DType::F32)?;
-        expect_dtype(self.name(), "the right operand", &inputs[1], DType::F32)?;
-        let Sizes {
-            batch,
-            m,
-            n,
-            a_batched,
-            b_batched,
-            ..
-        } = self.sizes(&inputs[0], &inputs[1])?;
-        let dims = if a_batched || b_batched {
-            vec![batch, m, n]
-        } else {
-            vec![m, n]
-        };
-        if self.accumulate {
-            expect_f32(self.name(), "the tensor added into", &inputs[2], &dims)?;
-        }
-        Ok(vec![TensorType::f32(dims)])
-    }
-
-    fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
-        let Some(dc) = context.gradient(0) else {
-            return Ok(());
-        };
-        let (a, b) = (context.input(0), context.input(1));
+impl MatMulOp {
+    /// The gradients of the operands of one product, the left of which is the input of this number.
+    fn product_backward(
+        context: &mut Backward<'_>,
+        options: MatMul,
+        first: usize,
+        dc: Value,
+    ) -> Result<()> {
+        let (a, b) = (context.input(first), context.input(first + 1));
         let MatMul {
             transpose_a,
             transpose_b,
             alpha,
-        } = self.options;
+        } = options;
         // C = alpha op(A) op(B): dA is dC op(B)^T, dB is op(A)^T dC, each transposed as its operand is.
         let of_a = if transpose_a {
             (b, dc, transpose_b, true)
@@ -230,7 +307,7 @@ impl Op for MatMulOp {
             (a, dc, !transpose_a, false)
         };
         for (input, operand, (left, right, transpose_a, transpose_b)) in
-            [(0, a, of_a), (1, b, of_b)]
+            [(first, a, of_a), (first + 1, b, of_b)]
         {
             if !context.wants(input) {
                 continue;
@@ -250,13 +327,66 @@ impl Op for MatMulOp {
                 let gradient = context.graph.sum(gradient, &[0])?;
                 context.add(input, gradient)?;
             } else {
-                context.accumulate(input, |graph, sum| {
-                    graph.matmul_with(left, right, options, sum)
-                })?;
+                let product = Product {
+                    a: left,
+                    b: right,
+                    options,
+                };
+                context.accumulate(input, |graph, sum| graph.matmul_onto(sum, product))?;
             }
         }
-        if self.accumulate && context.wants(2) {
-            context.add(2, dc)?;
+        Ok(())
+    }
+}
+
+impl Op for MatMulOp {
+    fn name(&self) -> &'static str {
+        "matmul"
+    }
+
+    fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
+        let base = self.base();
+        expect_count(self.name(), inputs, base + usize::from(self.accumulate))?;
+        for (input, side) in inputs[..base].iter().zip(["left", "right"].iter().cycle()) {
+            expect_dtype(
+                self.name(),
+                &format!("the {side} operand"),
+                input,
+                DType::F32,
+            )?;
+        }
+        let Sizes {
+            batch,
+            m,
+            n,
+            a_batched,
+            b_batched,
+            ..
+        } = self.product(inputs)?.first.1;
+        let dims = if a_batched || b_batched {
+            vec![batch, m, n]
+        } else {
+            vec![m, n]
+        };
+        if self.accumulate {
+            expect_f32(self.name(), "the tensor added into", &inputs[base], &dims)?;
+        }
+        Ok(vec![TensorType::f32(dims)])
+    }
+
+    fn backward(&self, context: &mut Backward<'_>) -> Result<()> {
+        let Some(dc) = context.gradient(0) else {
+            return Ok(());
+        };
+        for (which, options) in [Some(self.options), self.second]
+            .into_iter()
+            .flatten()
+            .enumerate()
+        {
+            Self::product_backward(context, options, 2 * which, dc)?;
+        }
+        if self.accumulate && context.wants(self.base()) {
+            context.add(self.base(), dc)?;
         }
         Ok(())
     }
@@ -264,7 +394,7 @@ impl Op for MatMulOp {
     fn aliases(&self) -> Vec<Alias> {
         if self.accumulate {
             vec![Alias {
-                input: 2,
+                input: self.base(),
                 output: 0,
                 kind: AliasKind::Accumulate,
             }]
@@ -274,60 +404,7 @@ impl Op for MatMulOp {
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let Sizes {
-            batch,
-            m,
-            n,
-            k,
-            a_batched,
-            b_batched,
-        } = self.sizes(&io.inputs[0], &io.inputs[1])?;
-        let (m_tiles, n_tiles) = (m.div_ceil(TILE), n.div_ceil(TILE));
-        // Invocations of a workgroup: a square where the result is large, along the rows where it is narrow.
-        let shape = |invocations: usize| {
-            let across = n_tiles.next_power_of_two().min(8);
-            let down = m_tiles.next_power_of_two().min(invocations / across).max(1);
-            (down, across)
-        };
-        let groups =
-            |(down, across): (usize, usize)| (m_tiles.div_ceil(down), n_tiles.div_ceil(across));
-        let mut lanes = shape(64);
-        for smaller in [32, 16] {
-            let (down, across) = groups(lanes);
-            if down * across * batch < ENOUGH_GROUPS {
-                lanes = shape(smaller);
-            }
-        }
-        let (m_groups, n_groups) = groups(lanes);
-        // Four elements in a row are one load where every row of an operand starts at a multiple of four.
-        let (a_row, b_row) = (
-            if self.options.transpose_a { m } else { k },
-            if self.options.transpose_b { k } else { n },
-        );
-        let aligned = a_row % 4 == 0 && b_row % 4 == 0;
-        let whole_tiles = m % TILE == 0 && n % TILE == 0 && k % 4 == 0;
-        let launch = Launch::new(shader!("matmul"), "forward")
-            .constant("LANES_M", lanes.0 as f64)
-            .constant("LANES_N", lanes.1 as f64)
-            .constant("TRANSPOSE_A", self.options.transpose_a)
-            .constant("TRANSPOSE_B", self.options.transpose_b)
-            .constant("ALIGNED", aligned)
-            .constant("EDGES", !whole_tiles)
-            .constant("ACCUMULATE", self.accumulate)
-            .read(1, Slot::Input(0))
-            .read(2, Slot::Input(1))
-            .write(3, Slot::Output(0))
-            .param(m)
-            .param(n)
-            .param(k)
-            .param(if a_batched { m * k } else { 0 })
-            .param(if b_batched { k * n } else { 0 })
-            .param(self.options.alpha)
-            .param(m_groups)
-            .param(n_groups)
-            .param(batch)
-            .folded(m_groups * n_groups * batch, capabilities)?;
-        Ok(launch.into())
+        matmul_kernels::launches(&self.product(io.inputs)?, capabilities)
     }
 
     host_reference!();

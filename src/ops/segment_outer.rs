@@ -7,6 +7,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::host_reference;
 use crate::ops::host_gemm::{Matrix, gemm};
+use crate::ops::matmul_kernels::{SUBGROUP_TILE, subgroup_tiles};
 use crate::ops::segments::{RowOf, expect_segments, gather, host_segments, row_share};
 use crate::ops::{HostIo, LaunchTypes, Op, Real, dims_f32, expect_count, expect_dtype, shader};
 use crate::tensor::{DType, TensorType};
@@ -153,15 +154,42 @@ impl Op for SegmentOuter {
             right_share,
             right_rows,
         } = self.sizes(io.inputs)?;
+        // Without gates or a map their bindings are not read: any buffer will do.
+        let gates = Slot::Input(if self.gated { 4 } else { 0 });
+        let rows = Slot::Input(self.map().unwrap_or(2));
+        if subgroup_tiles(capabilities) && left.is_multiple_of(4) && right.is_multiple_of(4) {
+            let left_groups = left.div_ceil(SUBGROUP_TILE);
+            let right_groups = right.div_ceil(SUBGROUP_TILE);
+            let launch = Launch::new(shader!("segment_outer_subgroup", "subgroup_tile"), "one")
+                .constant("GATED", self.gated)
+                .constant("MAPPED", self.right_mapped)
+                .read(1, Slot::Input(0))
+                .read(2, Slot::Input(1))
+                .read(3, Slot::Input(2))
+                .read(4, Slot::Input(3))
+                .read(5, gates)
+                .write(6, Slot::Output(0))
+                .read(7, rows)
+                .param(experts)
+                .param(left)
+                .param(right)
+                .param(left_share)
+                .param(right_share)
+                .param(right_rows)
+                .param(self.scale)
+                .param(0_usize)
+                .param(left_groups)
+                .param(0_usize)
+                .param(right_groups)
+                .folded(experts * left_groups * right_groups, capabilities)?;
+            return Ok(launch.into());
+        }
         let lanes_right = right.div_ceil(TILE).next_power_of_two().min(16);
         let lanes_left = (WORKGROUP / lanes_right).min(left.div_ceil(TILE).next_power_of_two());
         let (left_groups, right_groups) = (
             left.div_ceil(lanes_left * TILE),
             right.div_ceil(lanes_right * TILE),
         );
-        // Without gates or a map their bindings are not read: any buffer will do.
-        let gates = Slot::Input(if self.gated { 4 } else { 0 });
-        let rows = Slot::Input(self.map().unwrap_or(2));
         let launch = Launch::new(shader!("segment_outer"), "forward")
             .constant("LANES_LEFT", lanes_left as f64)
             .constant("LANES_RIGHT", lanes_right as f64)

@@ -5,6 +5,7 @@ use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::expand::Expand;
+use crate::ops::matmul_kernels::{SUBGROUP_TILE, subgroup_tiles};
 use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::{
     RowOf, expect_segments, gather, host_segments, lanes, products, row_share, weight_sizes,
@@ -207,6 +208,30 @@ impl Shrink {
             input,
         } = sizes;
         let segments = experts + usize::from(self.none);
+        if subgroup_tiles(capabilities) && input.is_multiple_of(4) && out.is_multiple_of(4) {
+            let tiles = pairs.div_ceil(SUBGROUP_TILE) + segments.min(pairs);
+            let out_groups = out.div_ceil(SUBGROUP_TILE);
+            return Launch::new(
+                shader!("shrink_subgroup", "subgroup_tile", "segment_tile"),
+                "forward",
+            )
+            .constant("OUT_IN", self.layout == Layout::OutIn)
+            .read(1, x)
+            .read(2, weight)
+            .read(3, order)
+            .read(4, offsets)
+            .write(5, z)
+            .read(6, x)
+            .read(7, weight)
+            .param(experts)
+            .param(segments)
+            .param(out)
+            .param(input)
+            .param(share)
+            .param(0_usize)
+            .param(out_groups)
+            .folded(tiles * out_groups, capabilities);
+        }
         let (lanes_pairs, lanes_out) = lanes([pairs, segments, out], [TILE, TILE]);
         // Every segment's last tile may be partly empty: at most one more tile an expert.
         let tiles = pairs.div_ceil(lanes_pairs * TILE) + segments.min(pairs);

@@ -91,7 +91,11 @@ impl Kernel {
 /// What adapters may tell a kernel apart by.
 fn devices() -> Vec<(Precision, Capabilities)> {
     let mut devices = Vec::new();
-    for class in [AdapterClass::Discrete, AdapterClass::Software] {
+    for (class, subgroup_size) in [
+        (AdapterClass::Discrete, None),
+        (AdapterClass::Software, None),
+        (AdapterClass::Software, Some(8)),
+    ] {
         for (precision, f16) in [
             (Precision::F32, false),
             (Precision::F16, false),
@@ -100,6 +104,8 @@ fn devices() -> Vec<(Precision, Capabilities)> {
             let capabilities = Capabilities {
                 class,
                 f16,
+                subgroups: subgroup_size.is_some(),
+                subgroup_size,
                 ..Capabilities::webgpu_defaults()
             };
             devices.push((precision, capabilities));
