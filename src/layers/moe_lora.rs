@@ -18,6 +18,17 @@ pub struct MoeLora {
     pub routing: Routing,
 }
 
+/// The experts' latents, and what they are made of.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Latents {
+    /// What A reads.
+    pub(crate) input: Value,
+    /// The experts' A, `[experts, rank, d_in]`.
+    pub(crate) a: Value,
+    /// `[pairs, rank]`; not computed if nothing reads it.
+    pub(crate) z: Value,
+}
+
 impl MoeLora {
     /// A mixture of LoRA experts on a linear layer.
     ///
@@ -39,7 +50,7 @@ impl MoeLora {
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if `x` is not `[tokens, d_in]`.
     pub fn forward(&self, graph: &mut Graph, x: Value) -> Result<RoutedOutput> {
-        self.forward_with(graph, x, |_, z, _| Ok(z))
+        self.forward_with(graph, x, |_, latents, _| Ok(latents.z))
     }
 
     /// The mixture, with something done to the experts' latents (`[pairs, rank]`) between A and B.
@@ -47,7 +58,7 @@ impl MoeLora {
         &self,
         graph: &mut Graph,
         x: Value,
-        latents: impl FnOnce(&mut Graph, Value, &Routed) -> Result<Value>,
+        change: impl FnOnce(&mut Graph, Latents, &Routed) -> Result<Value>,
     ) -> Result<RoutedOutput> {
         let Linear {
             name, d_in, d_out, ..
@@ -70,7 +81,15 @@ impl MoeLora {
         let routed = router.routed;
         let adapted = self.options.adapter_input(graph, x)?;
         let z = graph.shrink(adapted, a, Layout::OutIn, routed.segments)?;
-        let z = latents(graph, z, &routed)?;
+        let z = change(
+            graph,
+            Latents {
+                input: adapted,
+                a,
+                z,
+            },
+            &routed,
+        )?;
         let output = graph.expand(
             z,
             b,

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Init, Value};
+use crate::layers::moe_lora::Latents;
 use crate::layers::{AdapterOptions, Linear, MoeLora, RotatedLatents, RoutedOutput, Routing};
 use crate::ops::{Layout, Rotation, Segments};
 use crate::tensor::Tensor;
@@ -120,8 +121,8 @@ impl RotMole {
         let mut rotated = None;
         let output = self
             .mixture
-            .forward_with(graph, x, |graph, before, routed| {
-                let latents = self.rotate(graph, x, before, gate, routed.segments)?;
+            .forward_with(graph, x, |graph, latents, routed| {
+                let latents = self.rotate(graph, x, latents, gate, routed.segments)?;
                 rotated = Some(latents);
                 Ok(latents.after)
             })?;
@@ -132,10 +133,23 @@ impl RotMole {
         &self,
         graph: &mut Graph,
         x: Value,
-        before: Value,
+        latents: Latents,
         gate: Value,
         segments: Segments,
     ) -> Result<RotatedLatents> {
+        let before = latents.z;
+        let one_kernel = self.rotation == Rotation::Planes
+            && self.gate_input == GateInput::Input
+            && !self.bounded
+            && latents.input == x;
+        if one_kernel {
+            let [after, generator] = graph.rotated_shrink(x, latents.a, gate, segments)?;
+            return Ok(RotatedLatents {
+                before,
+                after,
+                generator,
+            });
+        }
         let h = match self.gate_input {
             GateInput::Input => x,
             GateInput::Latent => before,

@@ -29,7 +29,7 @@ const WORKGROUP: usize = 64;
 /// two take 11.7, and 28.6 ms at width 64, where two take 19.6.
 const NARROW: usize = 32;
 /// Scratch memory that the two launches may take; beyond it one kernel does it all.
-const MAX_SCRATCH_BYTES: u64 = 256 << 20;
+pub(crate) const MAX_SCRATCH_BYTES: u64 = 256 << 20;
 /// With fewer tokens there is little to be read again.
 const FEW_TOKENS: usize = 16;
 
@@ -111,12 +111,25 @@ impl Graph {
     }
 }
 
-struct Sizes {
-    tokens: usize,
-    slots: usize,
-    experts: usize,
-    out: usize,
-    input: usize,
+#[derive(Clone, Copy)]
+pub(crate) struct Sizes {
+    pub(crate) tokens: usize,
+    pub(crate) slots: usize,
+    pub(crate) experts: usize,
+    pub(crate) out: usize,
+    pub(crate) input: usize,
+}
+
+/// Where the operands are; the result is output 0.
+#[derive(Clone, Copy)]
+pub(crate) struct Operands {
+    pub(crate) z: Slot,
+    pub(crate) weight: Slot,
+    pub(crate) experts: Slot,
+    pub(crate) order: Slot,
+    pub(crate) offsets: Slot,
+    pub(crate) gates: Option<Slot>,
+    pub(crate) map: Option<Slot>,
 }
 
 impl Expand {
@@ -308,21 +321,23 @@ impl Op for Expand {
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let sizes = self.sizes(io.inputs)?;
-        let scratch_bytes = (sizes.tokens * sizes.slots * sizes.out) as u64 * 4;
-        let narrow = if subgroup_tiles(capabilities) {
-            0
-        } else {
-            NARROW
+        let operands = Operands {
+            z: Slot::Input(0),
+            weight: Slot::Input(1),
+            experts: Slot::Input(2),
+            order: Slot::Input(3),
+            offsets: Slot::Input(4),
+            gates: self.gated.then_some(Slot::Input(5)),
+            map: self.map().map(Slot::Input),
         };
-        if sizes.input > narrow
-            && sizes.tokens >= FEW_TOKENS
-            && scratch_bytes <= capabilities.max_binding_bytes.min(MAX_SCRATCH_BYTES)
-        {
-            self.wide(&sizes, capabilities)
-        } else {
-            Ok(self.narrow(&sizes, capabilities)?.into())
-        }
+        let mut launches = Launches::default();
+        self.add_launches(
+            &mut launches,
+            &self.sizes(io.inputs)?,
+            operands,
+            capabilities,
+        )?;
+        Ok(launches)
     }
 
     host_reference!();
@@ -335,8 +350,39 @@ impl Expand {
             + usize::from(self.accumulate)
     }
 
+    /// The kernels, in one form or the other: here, and for two products that are summed.
+    pub(crate) fn add_launches(
+        &self,
+        launches: &mut Launches,
+        sizes: &Sizes,
+        operands: Operands,
+        capabilities: &Capabilities,
+    ) -> Result<()> {
+        let scratch_bytes = (sizes.tokens * sizes.slots * sizes.out) as u64 * 4;
+        let narrow = if subgroup_tiles(capabilities) {
+            0
+        } else {
+            NARROW
+        };
+        if sizes.input > narrow
+            && sizes.tokens >= FEW_TOKENS
+            && scratch_bytes <= capabilities.max_binding_bytes.min(MAX_SCRATCH_BYTES)
+        {
+            self.wide(launches, sizes, operands, capabilities)
+        } else {
+            let launch = self.narrow(sizes, operands, capabilities)?;
+            launches.launches.push(launch);
+            Ok(())
+        }
+    }
+
     /// One kernel: every row of the result is the sum over its token's slots.
-    fn narrow(&self, sizes: &Sizes, capabilities: &Capabilities) -> Result<Launch> {
+    fn narrow(
+        &self,
+        sizes: &Sizes,
+        operands: Operands,
+        capabilities: &Capabilities,
+    ) -> Result<Launch> {
         let &Sizes {
             tokens,
             slots,
@@ -356,8 +402,8 @@ impl Expand {
         };
         let aligned = input % 4 == 0 && weight_row % 4 == 0;
         // Without gates or a map their bindings are not read: any buffer will do.
-        let gates = Slot::Input(if self.gated { 5 } else { 0 });
-        let map = Slot::Input(self.map().unwrap_or(2));
+        let gates = operands.gates.unwrap_or(operands.z);
+        let map = operands.map.unwrap_or(operands.experts);
         Launch::new(shader!("expand"), "forward")
             .constant("LANES_OUT", lanes_out as f64)
             .constant("LANES_ROWS", lanes_rows as f64)
@@ -366,9 +412,9 @@ impl Expand {
             .constant("GATED", self.gated)
             .constant("MAPPED", self.rows_per_token.is_some())
             .constant("ACCUMULATE", self.accumulate)
-            .read(1, Slot::Input(0))
-            .read(2, Slot::Input(1))
-            .read(3, Slot::Input(2))
+            .read(1, operands.z)
+            .read(2, operands.weight)
+            .read(3, operands.experts)
             .read(4, gates)
             .write(5, Slot::Output(0))
             .read(6, map)
@@ -384,7 +430,13 @@ impl Expand {
     }
 
     /// Two kernels: products by segments into scratch memory, then the sum.
-    fn wide(&self, sizes: &Sizes, capabilities: &Capabilities) -> Result<Launches> {
+    fn wide(
+        &self,
+        launches: &mut Launches,
+        sizes: &Sizes,
+        at: Operands,
+        capabilities: &Capabilities,
+    ) -> Result<()> {
         let &Sizes {
             tokens,
             slots,
@@ -392,7 +444,6 @@ impl Expand {
             out,
             input,
         } = sizes;
-        let mut launches = Launches::default();
         let products = launches.scratch_words(tokens * slots * out);
         let shrink = Shrink {
             layout: self.layout,
@@ -405,8 +456,7 @@ impl Expand {
             out,
             input,
         };
-        let (order, offsets) = (Slot::Input(3), Slot::Input(4));
-        let operands = [Slot::Input(0), Slot::Input(1), order, offsets];
+        let operands = [at.z, at.weight, at.order, at.offsets];
         launches
             .launches
             .push(shrink.launch(&product, operands, products, capabilities)?);
@@ -418,15 +468,15 @@ impl Expand {
         };
         let operands = CombineOperands {
             u: products,
-            gates: self.gated.then_some(Slot::Input(5)),
-            rows: self.map().map(Slot::Input),
-            unread: order,
+            gates: at.gates,
+            rows: at.map,
+            unread: at.order,
             y: Slot::Output(0),
         };
         let settings = (self.scale, self.accumulate);
         launches
             .launches
             .push(sum.launch(operands, settings, capabilities)?);
-        Ok(launches)
+        Ok(())
     }
 }

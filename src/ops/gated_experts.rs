@@ -1,12 +1,13 @@
 //! The hidden numbers of feed-forward experts, `h[p] = f(Wg[e] xg[row p]) * (Wu[e] xu[row p])`: both grouped products and the activation
 //! in one kernel.
 
-use crate::device::{Capabilities, Launch, Launches, Slot};
+use crate::device::{Capabilities, Launch, Launches, Shader, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::activation::ActivateBackward;
 use crate::ops::expand::Expand;
+use crate::ops::matmul_kernels::{SUBGROUP_TILE, subgroup_tiles};
 use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::{
     RowOf, expect_segments, gather, host_segments, lanes, products, row_share, weight_sizes,
@@ -213,18 +214,17 @@ impl GatedExperts {
         Ok(())
     }
 
-    fn launch(&self, entry: &'static str, sizes: &Sizes) -> Launch {
-        Launch::new(
-            shader!("gated_experts", "activation", "segment_tile"),
-            entry,
-        )
-        .param(sizes.pairs)
-        .param(sizes.rows)
-        .param(sizes.experts)
-        .param(sizes.experts + usize::from(self.none))
-        .param(sizes.out)
-        .param(sizes.input)
-        .param(sizes.share)
+    const SHADER: Shader = shader!("gated_experts", "activation", "segment_tile");
+
+    fn launch(&self, shader: Shader, entry: &'static str, sizes: &Sizes) -> Launch {
+        Launch::new(shader, entry)
+            .param(sizes.pairs)
+            .param(sizes.rows)
+            .param(sizes.experts)
+            .param(sizes.experts + usize::from(self.none))
+            .param(sizes.out)
+            .param(sizes.input)
+            .param(sizes.share)
     }
 }
 
@@ -306,7 +306,7 @@ impl Op for GatedExperts {
         // Without a map its binding is not read: any buffer will do.
         let map = if self.mapped { first + 3 } else { first + 1 };
         launches.launches.push(
-            self.launch("plan", &sizes)
+            self.launch(Self::SHADER, "plan", &sizes)
                 .constant("MAPPED", self.mapped)
                 .read(9, Slot::Input(first + 1))
                 .read(10, Slot::Input(first + 2))
@@ -315,22 +315,39 @@ impl Op for GatedExperts {
                 .param(0_usize)
                 .folded(words.div_ceil(WORKGROUP), capabilities)?,
         );
-        let (lanes_pairs, lanes_out) =
-            lanes([sizes.pairs, segments, sizes.out], [TILE_PAIRS, TILE_OUT]);
-        // Every segment's last tile may be partly empty: at most one more tile a segment.
-        let tiles = sizes.pairs.div_ceil(lanes_pairs * TILE_PAIRS) + segments.min(sizes.pairs);
-        let out_groups = sizes.out.div_ceil(lanes_out * TILE_OUT);
         // Without a gate nothing reads or writes the bindings of up, but buffers must be there.
         let (up_x, up_weight, up) = if self.gated {
             (2, 3, Slot::Output(2))
         } else {
             (0, 1, launches.scratch_words(4))
         };
-        launches.launches.push(
-            self.launch("forward", &sizes)
+        let by_subgroups = subgroup_tiles(capabilities)
+            && sizes.input.is_multiple_of(4)
+            && sizes.out.is_multiple_of(4);
+        let (launch, pairs_per_tile, outputs_per_tile) = if by_subgroups {
+            let shader = shader!(
+                "gated_experts_subgroup",
+                "subgroup_tile",
+                "activation",
+                "segment_tile"
+            );
+            let launch = self.launch(shader, "forward", &sizes);
+            (launch, SUBGROUP_TILE, SUBGROUP_TILE)
+        } else {
+            let (lanes_pairs, lanes_out) =
+                lanes([sizes.pairs, segments, sizes.out], [TILE_PAIRS, TILE_OUT]);
+            let launch = self
+                .launch(Self::SHADER, "forward", &sizes)
                 .constant("LANES_PAIRS", lanes_pairs as f64)
                 .constant("LANES_OUT", lanes_out as f64)
-                .constant("ALIGNED", sizes.input.is_multiple_of(4))
+                .constant("ALIGNED", sizes.input.is_multiple_of(4));
+            (launch, lanes_pairs * TILE_PAIRS, lanes_out * TILE_OUT)
+        };
+        // Every segment's last tile may be partly empty: at most one more tile a segment.
+        let tiles = sizes.pairs.div_ceil(pairs_per_tile) + segments.min(sizes.pairs);
+        let out_groups = sizes.out.div_ceil(outputs_per_tile);
+        launches.launches.push(
+            launch
                 .constant("GATED", self.gated)
                 .constant("SHARED", self.shared)
                 .constant("ACTIVATION", self.activation.code())

@@ -1,6 +1,7 @@
 //! Rotations in planes: one angle for each pair of neighbouring coordinates.
 
-use crate::device::{Launch, Slot};
+use crate::device::{Capabilities, Launch, Slot};
+use crate::error::Result;
 use crate::ops::rotation::{Kind, RowGradient};
 use crate::ops::{Real, Rotation, shader};
 
@@ -8,6 +9,21 @@ const WORKGROUP: usize = 64;
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Planes;
+
+/// The kernel that rotates so many pairs of coordinates: z by its angles into y.
+pub(crate) fn rotate(
+    pairs: usize,
+    [z, angles]: [Slot; 2],
+    y: Slot,
+    capabilities: &Capabilities,
+) -> Result<Launch> {
+    Launch::new(shader!("rotate_planes", "cos_sin"), "forward")
+        .read(1, angles)
+        .read(2, z)
+        .write(4, y)
+        .param(pairs)
+        .folded(pairs.div_ceil(WORKGROUP), capabilities)
+}
 
 impl Kind for Planes {
     const MAX_RANK: usize = usize::MAX;

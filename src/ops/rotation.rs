@@ -185,6 +185,19 @@ impl Graph {
     }
 }
 
+impl Graph {
+    /// The gradients of what was rotated in planes and of the angles, from the result `y`.
+    pub(crate) fn planes_backward(
+        &mut self,
+        y: Value,
+        angles: Value,
+        dy: Value,
+    ) -> Result<[Value; 2]> {
+        let gradients = self.apply(RotateBackward(Planes), &[y, angles, dy])?;
+        Ok([gradients[0], gradients[1]])
+    }
+}
+
 /// A row of a rotation and the gradient that reached it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowGradient<'a, R> {

@@ -62,6 +62,14 @@ pub(crate) struct Sizes {
     pub(crate) input: usize,
 }
 
+/// A second product that is added: its rows, one a pair, its weights, and how wide they are.
+#[derive(Clone, Copy)]
+pub(crate) struct Second {
+    pub(crate) x: Slot,
+    pub(crate) weight: Slot,
+    pub(crate) input: usize,
+}
+
 impl Shrink {
     fn sizes(&self, inputs: &[TensorType]) -> Result<Sizes> {
         let name = self.name();
@@ -209,28 +217,8 @@ impl Shrink {
         } = sizes;
         let segments = experts + usize::from(self.none);
         if subgroup_tiles(capabilities) && input.is_multiple_of(4) && out.is_multiple_of(4) {
-            let tiles = pairs.div_ceil(SUBGROUP_TILE) + segments.min(pairs);
-            let out_groups = out.div_ceil(SUBGROUP_TILE);
-            return Launch::new(
-                shader!("shrink_subgroup", "subgroup_tile", "segment_tile"),
-                "forward",
-            )
-            .constant("OUT_IN", self.layout == Layout::OutIn)
-            .read(1, x)
-            .read(2, weight)
-            .read(3, order)
-            .read(4, offsets)
-            .write(5, z)
-            .read(6, x)
-            .read(7, weight)
-            .param(experts)
-            .param(segments)
-            .param(out)
-            .param(input)
-            .param(share)
-            .param(0_usize)
-            .param(out_groups)
-            .folded(tiles * out_groups, capabilities);
+            let operands = [x, weight, order, offsets];
+            return self.by_subgroups(sizes, None, operands, z, capabilities);
         }
         let (lanes_pairs, lanes_out) = lanes([pairs, segments, out], [TILE, TILE]);
         // Every segment's last tile may be partly empty: at most one more tile an expert.
@@ -257,6 +245,39 @@ impl Shrink {
             .param(out)
             .param(input)
             .param(share)
+            .param(out_groups)
+            .folded(tiles * out_groups, capabilities)
+    }
+
+    /// `shaders/shrink_subgroup.wgsl`: the widths are multiples of four.
+    pub(crate) fn by_subgroups(
+        &self,
+        sizes: &Sizes,
+        second: Option<Second>,
+        [x, weight, order, offsets]: [Slot; 4],
+        z: Slot,
+        capabilities: &Capabilities,
+    ) -> Result<Launch> {
+        let segments = sizes.experts + usize::from(self.none);
+        let tiles = sizes.pairs.div_ceil(SUBGROUP_TILE) + segments.min(sizes.pairs);
+        let out_groups = sizes.out.div_ceil(SUBGROUP_TILE);
+        let shader = shader!("shrink_subgroup", "subgroup_tile", "segment_tile");
+        Launch::new(shader, "forward")
+            .constant("OUT_IN", self.layout == Layout::OutIn)
+            .constant("TWO", second.is_some())
+            .read(1, x)
+            .read(2, weight)
+            .read(3, order)
+            .read(4, offsets)
+            .write(5, z)
+            .read(6, second.map_or(x, |second| second.x))
+            .read(7, second.map_or(weight, |second| second.weight))
+            .param(sizes.experts)
+            .param(segments)
+            .param(sizes.out)
+            .param(sizes.input)
+            .param(sizes.share)
+            .param(second.map_or(0, |second| second.input))
             .param(out_groups)
             .folded(tiles * out_groups, capabilities)
     }
