@@ -141,13 +141,15 @@ export class Experiment {
     this.#changed("The base learns English.");
     for (let step = 0; step < baseSteps; step++) await this.#do(() => this.base.step());
     this.#changed("The base is frozen; the adapters learn eight languages.");
-    let looked = 0;
-    const start = performance.now();
+    // Milliseconds of work, pauses not among them.
+    let [spent, looked] = [0, 0];
     for (let step = 0; step < steps; step++) {
-      for (const run of this.adapters) await this.#do(() => run.step());
+      for (const run of this.adapters) spent += await this.#do(() => run.step());
       // Pictures first: what turns and who serves whom is seen from the beginning.
-      const spent = performance.now() - start;
-      if (looked <= spent * INSPECTING) looked += await this.#look();
+      if (looked > spent * INSPECTING) continue;
+      const time = await this.#look();
+      looked += time;
+      spent += time;
     }
     for (const run of [this.base, ...this.adapters]) {
       if (!run.isInspected()) await this.#do(() => run.inspect());
@@ -155,21 +157,23 @@ export class Experiment {
   }
 
   /** Inspects the run that was not inspected for longest; the milliseconds it took. */
-  async #look() {
+  #look() {
     const age = (run) => (run.inspection ? run.losses.length - run.inspectedAt : Infinity);
     // Of equals the last, which is RotMoLE where it is trained. The base no longer changes: once is enough.
     const run = [this.base, ...this.adapters].reduce((oldest, other) => (age(other) >= age(oldest) ? other : oldest));
-    const start = performance.now();
-    await this.#do(() => run.inspect());
-    return performance.now() - start;
+    return this.#do(() => run.inspect());
   }
 
+  /** The milliseconds that the work took, once it had its turn. */
   async #do(work) {
     await this.#turn();
+    const start = performance.now();
     await work();
+    const time = performance.now() - start;
     // What came back after a stop is nobody's.
     if (this.#stopped) throw new Stopped();
     this.#changed();
+    return time;
   }
 
   async #adapter(base, kind) {

@@ -74,6 +74,21 @@ export async function openLab() {
   }
 }
 
+const HERE = new URL(".", import.meta.url).href;
+
+/** Whether WebAssembly came to a stop, as it does where Rust panics. */
+export const isTrap = (error) => error?.name === "RuntimeError";
+
+/** Whether an error that nobody awaited is the page's own, and not that of an extension of the browser. */
+export const isOurs = (error) => isTrap(error) || (error instanceof Error && String(error.stack).includes(HERE));
+
+/** After a fault of the page itself nothing in it can be relied on. */
+export function brokenPage(error) {
+  return new Failure("The page itself has failed", `${messageOf(error)}. This is a defect; the browser's console may say more.`, [
+    "Reload the page to begin anew.",
+  ]);
+}
+
 /** A failure that came while training. */
 export function trainingFailure(error) {
   const [title, ...advice] = AFTER[error?.name] ?? AFTER.other;

@@ -2,7 +2,7 @@
 
 import { Curves } from "./curves.js";
 import { Experiment, Refused } from "./experiment.js";
-import { Failure, openLab, trainingFailure } from "./lab.js";
+import { brokenPage, Failure, isOurs, isTrap, openLab, trainingFailure } from "./lab.js";
 import { Settings } from "./settings.js";
 import { ExpertMap, HeldOut, runs } from "./reports.js";
 import { Wheels } from "./wheels.js";
@@ -24,13 +24,21 @@ let experiment = null;
 /** Settles when the last experiment has freed what it had. */
 let ended = Promise.resolve();
 let frame = 0;
+/** After a fault of the page itself only loading it again helps. What was awaited then may never come. */
+let broken = false;
+let giveUp;
+const givenUp = new Promise((resolve) => (giveUp = resolve));
 
 function enter(next, words) {
   state = next;
-  runButton.textContent = { running: "Pause", paused: "Resume", done: "Start again", failed: "Try again" }[state] ?? "Start";
+  const failed = broken ? "Reload the page" : "Try again";
+  runButton.textContent = { running: "Pause", paused: "Resume", done: "Start again", failed }[state] ?? "Start";
   runButton.setAttribute("aria-disabled", String(state === "loading"));
-  resetButton.setAttribute("aria-disabled", String(experiment === null));
-  settings.lock(["loading", "running", "paused"].includes(state));
+  resetButton.setAttribute("aria-disabled", String(experiment === null || broken));
+  const locked = broken || ["loading", "running", "paused"].includes(state);
+  // A field that is disabled loses the keyboard.
+  if (locked && document.activeElement?.closest("#settings fieldset")) runButton.focus();
+  settings.lock(locked);
   document.documentElement.dataset.state = state;
   if (words !== undefined) part("status").textContent = words;
 }
@@ -55,6 +63,18 @@ function fail(failure) {
   enter("failed", failure.message + ".");
 }
 
+/** Ends everything after a fault of the page itself. */
+function breakDown(error) {
+  if (broken) return;
+  broken = true;
+  // Not freed: its WebAssembly may be what failed.
+  lab = null;
+  experiment?.stop();
+  giveUp();
+  complain();
+  fail(brokenPage(error));
+}
+
 function complain(words) {
   part("complaint").textContent = words ?? "";
   part("complaint").hidden = !words;
@@ -64,7 +84,8 @@ function complain(words) {
 function draw() {
   frame ||= requestAnimationFrame(() => {
     frame = 0;
-    if (!lab) return;
+    // Without the languages, which the first device brings, there are no pictures yet.
+    if (!wheels) return;
     const shown = experiment?.settings ?? settings.read();
     const rotmole = experiment?.adapters.find((run) => run.kind === "rotmole")?.inspection ?? null;
     curves.show(experiment);
@@ -110,9 +131,11 @@ async function start() {
   experiment = null;
   enter("loading", "Compiling the kernels for this GPU …");
   await ended;
+  if (broken) return;
   let mine = null;
   try {
     if (!lab) await open();
+    if (broken) return;
     mine = experiment = new Experiment(lab, chosen, (words) => {
       if (experiment !== mine) return;
       if (words && (state === "running" || state === "paused")) part("status").textContent = words;
@@ -120,9 +143,14 @@ async function start() {
     });
     enter("running");
     const running = mine.run();
-    ended = running.then(() => {}, () => {});
+    ended = Promise.race([running.then(() => {}, () => {}), givenUp]);
     if ((await running) && experiment === mine) enter("done", "Done: every adapter has made all its steps.");
   } catch (error) {
+    if (broken) return;
+    if (isTrap(error)) {
+      breakDown(error);
+      return;
+    }
     // Whoever pressed Reset does not want to hear of it, but a broken device is not used again.
     if (!(error instanceof Refused)) closeLab();
     if (experiment !== mine) return;
@@ -148,7 +176,9 @@ function reset() {
 
 part("settings").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (state === "running") {
+  if (broken) {
+    location.reload();
+  } else if (state === "running") {
     experiment.pause();
     enter("paused", "Pausing when this step is back …");
   } else if (state === "paused") {
@@ -158,6 +188,10 @@ part("settings").addEventListener("submit", (event) => {
     start();
   }
 });
+runButton.addEventListener("click", (event) => {
+  // The second click of a double click is no wish to pause what the first has started.
+  if (event.detail > 1) event.preventDefault();
+});
 resetButton.addEventListener("click", () => {
   if (resetButton.getAttribute("aria-disabled") !== "true") reset();
 });
@@ -166,10 +200,17 @@ part("settings").addEventListener("input", () => {
   draw();
 });
 
+globalThis.addEventListener("error", ({ error }) => {
+  if (isOurs(error)) breakDown(error);
+});
+globalThis.addEventListener("unhandledrejection", ({ reason }) => {
+  if (isOurs(reason)) breakDown(reason);
+});
+
 try {
   await open();
-  enter("idle", "Ready.");
+  if (!broken) enter("idle", "Ready.");
 } catch (error) {
-  fail(error instanceof Failure ? error : new Failure("The page could not start", String(error), ["Reload the page."]));
+  if (!broken) fail(error instanceof Failure ? error : new Failure("The page could not start", String(error), ["Reload the page."]));
 }
 draw();

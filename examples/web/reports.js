@@ -12,6 +12,8 @@ export class ExpertMap {
   #table;
   #layer;
   #languages;
+  /** What `show` was called with last. */
+  #shown;
   #inspection = null;
   #experts = 4;
 
@@ -23,9 +25,11 @@ export class ExpertMap {
     this.show(null, { experts: 4 });
   }
 
-  show(inspection, settings) {
+  show(inspection, { experts }) {
+    if (inspection === this.#shown && experts === this.#experts) return;
+    this.#shown = inspection;
     this.#inspection = inspection?.experts ? inspection : null;
-    this.#experts = settings.experts;
+    this.#experts = experts;
     choices(this.#layer, numbered(inspection?.layers ?? 2));
     this.#draw();
   }

@@ -1,9 +1,9 @@
 // The form: reads the experiment's settings, and keeps those that cannot go together from being chosen.
 
-const number = (form, name) => form.elements[name].valueAsNumber;
-
 export class Settings {
   #form;
+  /** The last number of each field that was one it takes. */
+  #numbers = {};
 
   constructor(form) {
     this.#form = form;
@@ -11,18 +11,26 @@ export class Settings {
     this.#agree();
   }
 
+  /** The settings, at any time: of a field that is off the default, of one that is being typed into its last good number. */
   read() {
-    const form = this.#form;
     return {
       kinds: this.#kinds(),
-      rank: number(form, "rank"),
-      experts: number(form, "experts"),
-      topK: number(form, "top_k"),
-      rotation: form.elements.rotation.value,
-      baseSteps: number(form, "base_steps"),
-      steps: number(form, "steps"),
-      seed: number(form, "seed"),
+      rank: this.#number("rank"),
+      experts: this.#number("experts"),
+      topK: this.#number("top_k"),
+      rotation: this.#form.elements.rotation.value,
+      baseSteps: this.#number("base_steps"),
+      steps: this.#number("steps"),
+      seed: this.#number("seed"),
     };
+  }
+
+  #number(name) {
+    const field = this.#form.elements[name];
+    if (field.disabled) return Number(field.defaultValue);
+    const number = field.valueAsNumber;
+    if (Number.isInteger(number) && number >= Number(field.min) && number <= Number(field.max)) this.#numbers[name] = number;
+    return this.#numbers[name] ?? Number(field.defaultValue);
   }
 
   /** While an experiment runs its settings stay what they were. */
@@ -42,7 +50,7 @@ export class Settings {
     experts.disabled = topK.disabled = !routed;
     rotation.disabled = !kinds.includes("rotmole");
     // A number that is being typed, or is out of range, is the browser's to complain about.
-    if (!experts.validity.valid) return;
+    if (experts.disabled || !experts.validity.valid) return;
     const most = experts.valueAsNumber;
     topK.max = most;
     if (topK.valueAsNumber > most) topK.value = most;

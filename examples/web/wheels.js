@@ -23,6 +23,8 @@ export class Wheels {
   #parts;
   #languages;
   #picture;
+  /** What `show` was called with last. */
+  #shown = [];
   #inspection = null;
   #experts = 4;
   #only = null;
@@ -39,6 +41,9 @@ export class Wheels {
 
   /** `inspection` of RotMoLE or null; `settings` say how many wheels there are before there is one. */
   show(inspection, settings) {
+    const shown = [inspection, settings.experts, settings.rotation, settings.kinds.includes("rotmole")];
+    if (shown.every((part, index) => part === this.#shown[index])) return;
+    this.#shown = shown;
     const { caption, layer, plane, canvas } = this.#parts;
     this.#inspection = inspection?.angle_count ? inspection : null;
     this.#experts = settings.experts;

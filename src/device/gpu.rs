@@ -42,6 +42,10 @@ impl Drop for BufferInner {
     fn drop(&mut self) {
         if let Some(counters) = &self.owner {
             counters.freed(self.raw.size());
+            // wgpu leaves the memory to the browser's garbage collector, which does not know how much it is. What was submitted is still done.
+            if cfg!(target_arch = "wasm32") {
+                self.raw.destroy();
+            }
         }
     }
 }

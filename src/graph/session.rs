@@ -435,7 +435,8 @@ impl Session {
     }
 
     /// Records a run into the host application's encoder: one compute pass, submitted whenever the application submits.
-    /// Checked mode does not look for NaN on this path, and noise is as [`Session::set_random`] says.
+    /// Checked mode does not look for NaN on this path, and noise is as [`Session::set_random`] says. In a browser the session and its store
+    /// must live until the encoder is submitted: their memory is freed with them.
     ///
     /// # Errors
     /// [`Error::MissingInput`] if an input was neither written nor bound, [`Error::NoAdapter`] on the CPU.

@@ -58,7 +58,8 @@ impl ParameterStore {
     }
 
     /// Creates every parameter of the graph that the store does not have yet, as the graph says it starts, in the storage that its
-    /// precision says. The values depend on `seed` and on the parameter's name alone, on any device.
+    /// precision says. The values depend on `seed` and on the parameter's name alone, on any device. After an error the store has what
+    /// it had before.
     ///
     /// # Errors
     /// [`Error::UnknownName`] if a parameter with [`Init::Provided`] is missing, [`Error::TypeMismatch`] if one is there with
@@ -76,11 +77,32 @@ impl ParameterStore {
     /// # Errors
     /// As [`ParameterStore::initialize`].
     pub async fn initialize_async(&self, graph: &Graph, seed: u64) -> Result<()> {
-        self.initialize_with(graph, seed, false).await?;
-        self.device.settle().await
+        self.initialize_with(graph, seed, false).await
     }
 
     async fn initialize_with(&self, graph: &Graph, seed: u64, poll: bool) -> Result<()> {
+        let mut made = Vec::new();
+        let mut outcome = self.create_missing(graph, seed, poll, &mut made).await;
+        if outcome.is_ok() {
+            outcome = self.device.settle().await;
+        }
+        if outcome.is_err() {
+            // In a browser there may be no memory behind them.
+            for name in made {
+                self.remove(name);
+            }
+        }
+        outcome
+    }
+
+    /// Says in `made` what it has put into the store.
+    async fn create_missing<'a>(
+        &self,
+        graph: &'a Graph,
+        seed: u64,
+        poll: bool,
+        made: &mut Vec<&'a str>,
+    ) -> Result<()> {
         for spec in graph.parameters() {
             match self.ty(&spec.name) {
                 Some(found) if found == spec.ty => {}
@@ -97,6 +119,7 @@ impl ParameterStore {
                         _ => start(spec, seed)?,
                     };
                     self.put(&spec.name, &tensor, spec.storage)?;
+                    made.push(&spec.name);
                 }
             }
         }
@@ -149,8 +172,8 @@ impl ParameterStore {
         Ok(())
     }
 
-    /// Brings every parameter of the graph that the store has into the storage that the graph's precision says. Sessions
-    /// compiled before go on with the memory they have. A master copy stays if it is the parameter but for rounding; else it becomes the
+    /// Brings every parameter of the graph that the store has into the storage that the graph's precision says; after an error all are
+    /// as they were. Sessions compiled before go on with the memory they have. A master copy stays if it is the parameter but for rounding; else it becomes the
     /// parameter, with the digits that 16 bits have no room for.
     ///
     /// # Errors
@@ -167,11 +190,32 @@ impl ParameterStore {
     /// # Errors
     /// As [`ParameterStore::convert`].
     pub async fn convert_async(&self, graph: &Graph) -> Result<()> {
-        self.convert_with(graph, false).await?;
-        self.device.settle().await
+        self.convert_with(graph, false).await
     }
 
     async fn convert_with(&self, graph: &Graph, poll: bool) -> Result<()> {
+        let mut replaced = Vec::new();
+        let mut outcome = self.convert_stored(graph, poll, &mut replaced).await;
+        if outcome.is_ok() {
+            outcome = self.device.settle().await;
+        }
+        if outcome.is_err() {
+            // In a browser there may be no memory behind the new ones.
+            self.entries
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .extend(replaced);
+        }
+        outcome
+    }
+
+    /// Says in `replaced` what was there before.
+    async fn convert_stored(
+        &self,
+        graph: &Graph,
+        poll: bool,
+        replaced: &mut Vec<(String, Entry)>,
+    ) -> Result<()> {
         for spec in graph.parameters() {
             if self
                 .storage(&spec.name)
@@ -182,10 +226,12 @@ impl ParameterStore {
                 let tensor = self.read_with(&spec.name, poll).await?;
                 let entry = self.entry_for(&spec.name, spec.ty.clone(), spec.storage)?;
                 self.write(&entry, &tensor)?;
-                self.entries
+                let before = self
+                    .entries
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
                     .insert(spec.name.clone(), entry);
+                replaced.extend(before.map(|before| (spec.name.clone(), before)));
                 let master = format!("{MASTER}{}", spec.name);
                 if self.storage(&master).is_some()
                     && !rounds_to(&self.read_with(&master, poll).await?, &tensor)

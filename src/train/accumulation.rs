@@ -203,11 +203,14 @@ impl AccumulatedUpdate {
     /// [`AccumulatedUpdate::micro_batch_done`] for an async caller.
     ///
     /// # Errors
-    /// As [`AccumulatedUpdate::micro_batch_done`].
+    /// As [`AccumulatedUpdate::micro_batch_done`], and in a browser those of earlier calls that could not report them; then too the call can be
+    /// made again.
     pub async fn micro_batch_done_async(&mut self, learning_rate: f64) -> Result<bool> {
         if !self.is_due() {
             return Ok(false);
         }
+        // An error of an earlier call must not be taken for one of the step, which would then be made twice.
+        self.session.device().settle().await?;
         self.optimizer.prepare(&mut self.session, learning_rate)?;
         let outcome = self.session.run_async().await;
         self.stepped(outcome)

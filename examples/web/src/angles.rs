@@ -9,8 +9,10 @@ use wasm_bindgen::JsValue;
 
 use crate::model::Adapter;
 
-/// Every so many tokens of a batch are looked at.
+/// Of so many tokens one is looked at, or of more where there would be too many angles.
 const EVERY: usize = 4;
+/// More angles than these are no more to see, and a Givens chain has up to thousands a row.
+const MOST: usize = 1 << 19;
 
 /// What is read of a rotated layer.
 pub enum Look {
@@ -38,16 +40,16 @@ impl Look {
         }
     }
 
-    /// The angles of a batch, a row for each pair of a token and an expert.
-    fn rows(&self, results: &[Tensor]) -> Vec<Vec<f32>> {
+    /// The angles of a batch, row after row, and how many a row has.
+    fn rows(&self, results: &[Tensor]) -> (Vec<f32>, usize) {
         let width = results[0].shape().last();
         let first = results[0].to_f32();
         match self {
-            Self::Planes(_) => first.chunks(width).map(<[f32]>::to_vec).collect(),
+            Self::Planes(_) => (first, width),
             Self::Turn(_) => {
                 let after = results[1].to_f32();
                 let pairs = first.chunks(width).zip(after.chunks(width));
-                pairs.map(|(a, b)| vec![turn(a, b)]).collect()
+                (pairs.map(|(a, b)| turn(a, b)).collect(), 1)
             }
         }
     }
@@ -65,9 +67,10 @@ fn turn(a: &[f32], b: &[f32]) -> f32 {
     (2.0 * difference.sqrt().atan2(sum.sqrt())) as f32
 }
 
-/// Angles of many batches.
-#[derive(Default)]
+/// Angles of many batches: an entry for each pair of a token and an expert that is looked at.
 pub struct Angles {
+    /// Tokens in all layers and languages.
+    all: usize,
     angles: Vec<f32>,
     count: usize,
     experts: Vec<u8>,
@@ -76,27 +79,53 @@ pub struct Angles {
     turns: bool,
 }
 
+/// Where a batch of a language's text is, and in which layer.
+#[derive(Clone, Copy)]
+pub struct Spot {
+    pub layer: usize,
+    pub language: usize,
+    /// The batch's first token, in the text.
+    pub start: usize,
+    /// How many of the batch's tokens are text.
+    pub tokens: usize,
+}
+
 impl Angles {
-    /// Adds what a layer made of a batch, of which so many tokens were text. `chosen` are its experts, `[tokens, top_k]`.
-    pub fn add(
-        &mut self,
-        look: &Look,
-        results: &[Tensor],
-        chosen: &Tensor,
-        tokens: usize,
-        [layer, language]: [usize; 2],
-    ) {
+    /// For so many tokens in all layers and languages.
+    pub fn new(all: usize) -> Self {
+        Self {
+            all,
+            angles: Vec::new(),
+            count: 0,
+            experts: Vec::new(),
+            languages: Vec::new(),
+            layers: Vec::new(),
+            turns: false,
+        }
+    }
+
+    /// Adds what a layer made of a batch. `chosen` are its experts, `[tokens, top_k]`.
+    pub fn add(&mut self, look: &Look, results: &[Tensor], chosen: &Tensor, spot: Spot) {
         self.turns = matches!(look, Look::Turn(_));
         let slots = chosen.shape().last();
         let experts = chosen.as_i32().unwrap_or_default();
-        let rows = look.rows(results);
-        for token in (0..tokens).step_by(EVERY) {
+        let (rows, width) = look.rows(results);
+        self.count = width;
+        // A row for each pair; or for each expert, where all tokens have one rotation.
+        let by_pair = rows.len() == experts.len() * width;
+        let every = (self.all * slots * width).div_ceil(MOST).max(EVERY);
+        let first = spot.start.next_multiple_of(every) - spot.start;
+        for token in (first..spot.tokens).step_by(every) {
             for pair in token * slots..(token + 1) * slots {
-                self.count = rows[pair].len();
-                self.angles.extend_from_slice(&rows[pair]);
+                let row = if by_pair {
+                    pair
+                } else {
+                    experts[pair] as usize
+                };
+                self.angles.extend_from_slice(&rows[row * width..][..width]);
                 self.experts.push(experts[pair] as u8);
-                self.languages.push(language as u8);
-                self.layers.push(layer as u8);
+                self.languages.push(spot.language as u8);
+                self.layers.push(spot.layer as u8);
             }
         }
     }

@@ -4,6 +4,7 @@
 mod angles;
 mod failure;
 mod lab;
+mod late;
 mod refusals;
 mod settings;
 mod texts;
@@ -21,6 +22,7 @@ use std::panic;
 use wasm_bindgen::prelude::wasm_bindgen;
 
 pub use lab::Lab;
+pub use late::{initialized_again, stepped_again};
 pub use refusals::refusals;
 pub use trainer::Trainer;
 

@@ -11,7 +11,7 @@ use wasm_bindgen::JsValue;
 use wasm_bindgen::prelude::wasm_bindgen;
 use wasm_bindgen_futures::future_to_promise;
 
-use crate::angles::{Angles, Look};
+use crate::angles::{Angles, Look, Spot};
 use crate::failure::Failure;
 use crate::model::Adapter;
 use crate::text::Language;
@@ -28,7 +28,7 @@ export interface Inspection {
     experts: number;
     /** [layer][expert][language]: the expert's share of the language's gates; sums to 1 over the experts. */
     shares: Float64Array;
-    /** RotMoLE only, else empty: `angle_count` radians for each sampled token and each of its experts. */
+    /** RotMoLE only, else empty: `angle_count` radians for each sampled token and each of its experts, about half a million at most. */
     angles: Float32Array;
     /** How many angles an entry has. */
     angle_count: number;
@@ -115,12 +115,16 @@ impl Work {
         let layers = held_out.model.routed.len();
         let languages = &self.curriculum.languages;
         let mut judgement = Judgement::new(&self.adapter, layers, languages.len());
-        let mut angles = Angles::default();
+        let texts = languages.iter().map(|text| text.held_out(TOKENS));
+        let texts = texts.collect::<rankmix::Result<Vec<_>>>()?;
+        let tokens: usize = texts.iter().flatten().map(|(_, bytes)| bytes).sum();
+        let mut angles = Angles::new(tokens * looks.len());
         let mut outputs = held_out.outputs.clone();
         let judged = outputs.len();
         outputs.extend(looks.iter().flat_map(Look::outputs));
-        for (language, text) in languages.iter().enumerate() {
-            for (batch, bytes) in text.held_out(TOKENS)? {
+        for (language, batches) in texts.into_iter().enumerate() {
+            let mut start = 0;
+            for (batch, bytes) in batches {
                 held_out.write(session, &batch)?;
                 let results = session.run_reading_async(&outputs).await?;
                 let (judged, mut rest) = results.split_at(judged);
@@ -129,8 +133,15 @@ impl Work {
                     let (here, others) = rest.split_at(look.outputs().len());
                     rest = others;
                     let experts = &judged[1 + 2 * layer];
-                    angles.add(look, here, experts, bytes, [layer, language]);
+                    let spot = Spot {
+                        layer,
+                        language,
+                        start,
+                        tokens: bytes,
+                    };
+                    angles.add(look, here, experts, spot);
                 }
+                start += bytes;
             }
         }
         let (bits, shares) = judgement.finish();

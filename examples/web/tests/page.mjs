@@ -309,6 +309,105 @@ test("Settings that do not go together are prevented, or refused in the crate's 
   await page.context().close();
 });
 
+test("What is being typed into a field is not drawn before it is a number that the field takes", async () => {
+  const page = await open();
+  const columns = () =>
+    page.evaluate(async () => {
+      await new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)));
+      return ["wheels-table", "map-table"].map((id) => document.getElementById(id).rows[0].cells.length - 1);
+    });
+  for (const [typed, drawn] of [["", 4], ["-1", 4], ["1.5", 4], ["6", 6], ["1000000000", 6], ["", 6]]) {
+    await page.fill("#experts", typed);
+    assert.deepEqual(await columns(), [drawn, drawn], `\`${typed}\``);
+  }
+  // A field that is off, whatever is in it, keeps nothing from starting.
+  await page.uncheck("input[value=moe_lora]");
+  await page.uncheck("input[value=rotmole]");
+  await choose(page, { base_steps: 1, steps: 1 });
+  await page.click("#run");
+  await reach(page, "done");
+  assert.ok(await page.isHidden("#complaint"));
+  assert.deepEqual(page.complaints, []);
+  await page.context().close();
+});
+
+test("Enter in a field starts and leaves the keyboard on the button; a double click only starts", async () => {
+  const page = await open();
+  await page.focus("#steps");
+  await page.keyboard.press("Enter");
+  await reach(page, "running");
+  assert.equal(await page.evaluate(() => document.activeElement.id), "run");
+  await page.click("#reset");
+  await page.dblclick("#run");
+  await firstLosses(page);
+  assert.equal(await page.evaluate(() => document.documentElement.dataset.state), "running");
+  assert.deepEqual(page.complaints, []);
+  await page.context().close();
+});
+
+test("The wheels are drawn when RotMoLE was looked at, and not at every step", async () => {
+  const page = await open();
+  await countTrainers(page);
+  await page.evaluate(async () => {
+    globalThis.drawn = globalThis.inspections = 0;
+    new MutationObserver((records) => (globalThis.drawn += records.length)).observe(document.getElementById("wheels-canvas"), { attributeFilter: ["aria-label"] });
+    const { Trainer } = await import("/pkg/rankmix_web.js");
+    const { inspect } = Trainer.prototype;
+    Trainer.prototype.inspect = function () {
+      globalThis.inspections++;
+      return inspect.call(this);
+    };
+  });
+  await page.uncheck("input[value=lora]");
+  await page.uncheck("input[value=moe_lora]");
+  await choose(page, { ...SHORT, base_steps: 20, steps: 20 });
+  await page.click("#run");
+  await reach(page, "done");
+  const { drawn, inspections, steps } = await page.evaluate(() => ({ drawn: globalThis.drawn, inspections: globalThis.inspections, steps: globalThis.steps }));
+  assert.equal(steps, 40);
+  assert.ok(drawn > 0 && drawn <= inspections, `drawn ${drawn} times for ${inspections} inspections`);
+  await page.context().close();
+});
+
+test("A pause changes nothing of what follows it", async () => {
+  const page = await open();
+  const logs = await page.evaluate(async () => {
+    const { Experiment } = await import("/experiment.js");
+    let clock = 0;
+    performance.now = () => clock;
+    /** What is done in which order, with a pause of ten seconds after so many things. */
+    const follow = async (pauseAfter) => {
+      const log = [];
+      const work = (name, result) => async () => {
+        clock += 10;
+        log.push(name);
+        return result;
+      };
+      const trainer = (kind) => ({ name: () => kind, parameters: () => 1, free() {}, step: work(`${kind} step`, 1), inspect: work(`${kind} inspect`, {}) });
+      const lab = { tokens_per_step: () => 1, base: async () => trainer("base"), adapter: async (base, { kind }) => trainer(kind) };
+      const settings = { kinds: ["lora", "rotmole"], rank: 4, experts: 2, topK: 1, rotation: "planes", baseSteps: 1, steps: 20, seed: 1 };
+      let paused = false;
+      const experiment = new Experiment(lab, settings, (words) => {
+        if (words === "Paused.") {
+          clock += 10_000;
+          setTimeout(() => experiment.resume());
+        } else if (!paused && log.length === pauseAfter) {
+          paused = true;
+          experiment.pause();
+        }
+      });
+      await experiment.run();
+      return log.join();
+    };
+    const logs = [];
+    for (let pauseAfter = 0; pauseAfter < 10; pauseAfter++) logs.push(await follow(pauseAfter));
+    return [await follow(Infinity), ...logs];
+  });
+  assert.match(logs[0], /inspect/);
+  assert.deepEqual(logs, logs.map(() => logs[0]));
+  await page.context().close();
+});
+
 test("With the network cut after loading it still starts and trains", async () => {
   const own = await serve(folder);
   const page = await open({ url: own.url });
@@ -382,7 +481,51 @@ test("A lost device is said, and opened anew", async () => {
   await reach(page, "failed");
   assert.match(await page.textContent("#failure h2"), /GPU was lost/);
   assert.equal(await alive(page), 0);
+  await page.click("#reset");
+  await page.waitForFunction(() => /Nothing trained yet/.test(document.getElementById("curves-canvas").ariaLabel));
+  assert.equal(await stepsMade(page), 0);
+  assert.equal(await page.getAttribute("#progress", "value"), "0");
   await trainABit(page, SHORT);
+  await page.context().close();
+});
+
+test("WebAssembly that came to a stop is said, whatever was awaited, and the page is loaded again", async () => {
+  const page = await open({
+    tampering: () => {
+      const request = GPUAdapter.prototype.requestDevice;
+      GPUAdapter.prototype.requestDevice = async function (...wishes) {
+        return (globalThis.lastDevice = await request.apply(this, wishes));
+      };
+    },
+  });
+  const said = async () => {
+    await reach(page, "failed");
+    assert.match(await page.textContent("#failure"), /page itself has failed.*Reload the page/s);
+    assert.equal(await page.textContent("#run"), "Reload the page");
+    assert.equal(await page.getAttribute("#reset", "aria-disabled"), "true");
+    await page.click("#run");
+    await reach(page, "idle");
+    assert.ok(await page.isHidden("#failure"));
+  };
+  // wgpu panics when it is told of an error of a kind that it does not know.
+  await choose(page, { ...SHORT, steps: 300 });
+  await page.click("#run");
+  await firstLosses(page);
+  await page.evaluate(() => globalThis.lastDevice.dispatchEvent(new GPUUncapturedErrorEvent("uncapturederror", { error: new GPUInternalError("none") })));
+  await said();
+
+  // A step that never comes back, and somebody who waits for its end.
+  await page.evaluate(async () => {
+    const { Trainer } = await import("/pkg/rankmix_web.js");
+    Trainer.prototype.step = () => new Promise(() => {});
+  });
+  await page.click("#run");
+  await reach(page, "running");
+  await page.click("#reset");
+  await page.click("#run");
+  await reach(page, "loading");
+  await page.evaluate(() => void Promise.reject(new WebAssembly.RuntimeError("unreachable")));
+  await said();
   await page.context().close();
 });
 

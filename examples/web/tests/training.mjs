@@ -148,6 +148,22 @@ function looksRight({ kind, rank, experts, top_k, rotation }, first, last) {
   assert.ok(mean(last.angles.map(Math.abs)) > 1e-3, "the rotation gate has learned nothing");
 }
 
+test("of a rotation with many planes so many angles are shown as can be", async () => {
+  const last = await blank.evaluate(async (settings) => {
+    const trainer = await globalThis.lab.adapter(globalThis.base, settings);
+    const last = globalThis.plain(await trainer.inspect());
+    trainer.free();
+    return last;
+  }, { ...COMMON, kind: "rotmole", rotation: "givens", rank: 20 });
+  const { angles, angle_count: count, angle_language: languages, angle_layer: layers } = last;
+  assert.equal(count, 190);
+  assert.equal(angles.length, count * languages.length);
+  // No layer and no language is left out: the longest text has twice the bytes of the shortest.
+  assert.ok(angles.length > 2 ** 18 && angles.length < 1.1 * 2 ** 19, `${angles.length} angles`);
+  const entries = Array.from({ length: 16 }, (_, spot) => languages.filter((language, entry) => 2 * language + layers[entry] === spot).length);
+  assert.ok(Math.min(...entries) > 0.45 * Math.max(...entries), String(entries));
+});
+
 test("the base is as it was before all adapters", async () => {
   const [before, after] = await blank.evaluate(async () => [globalThis.baseBits, [...(await globalThis.base.inspect()).bits]]);
   assert.deepEqual(after, before);

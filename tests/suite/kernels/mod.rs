@@ -117,27 +117,29 @@ fn devices() -> Vec<(Precision, Capabilities)> {
 /// What tells kernels apart: the name, the bindings by number with whether they are written, how many parameters there are.
 type Key = (String, Vec<(u32, bool)>, usize);
 
-/// The kernels of graphs, each once.
+/// Kernels, each once.
 #[derive(Default)]
 pub struct Collection {
     found: BTreeMap<Key, Kernel>,
 }
 
 impl Collection {
+    fn insert(&mut self, kernel: Kernel) {
+        let bindings = kernel.launch.bindings.iter();
+        let bindings = bindings
+            .map(|one| (one.number, one.access == Access::ReadWrite))
+            .collect();
+        let key = (kernel.name.clone(), bindings, kernel.launch.params.len());
+        self.found.entry(key).or_insert(kernel);
+    }
+
+    /// Adds the kernels of a graph.
     fn add(&mut self, graph: &Graph, capabilities: &Capabilities, checked: bool) {
         let launches = graph
             .launches(capabilities, checked)
             .expect("the graphs fit every WebGPU device");
         for launch in launches {
-            let bindings = launch.bindings.iter();
-            let bindings = bindings
-                .map(|one| (one.number, one.access == Access::ReadWrite))
-                .collect();
-            let params = launch.params.len();
-            let kernel = Kernel::new(launch);
-            self.found
-                .entry((kernel.name.clone(), bindings, params))
-                .or_insert(kernel);
+            self.insert(Kernel::new(launch));
         }
     }
 
@@ -176,22 +178,14 @@ pub fn of_sweep() -> Vec<Kernel> {
 /// Every kernel, each once: those of the cases and of the sweep, and each entry point with the constants that its file gives, which is how
 /// kernels are compared with each other.
 pub fn all() -> Vec<Kernel> {
-    let mut found = BTreeMap::new();
+    let mut collection = Collection::default();
     let launched: Vec<Kernel> = of_cases().into_iter().chain(of_sweep()).collect();
     let defaults: Vec<Kernel> = launched
         .iter()
         .filter_map(Kernel::at_default_tile)
         .collect();
     for kernel in launched.into_iter().chain(defaults) {
-        let bindings: Vec<u32> = kernel
-            .launch
-            .bindings
-            .iter()
-            .map(|one| one.number)
-            .collect();
-        found
-            .entry((kernel.name.clone(), bindings))
-            .or_insert(kernel);
+        collection.insert(kernel);
     }
-    found.into_values().collect()
+    collection.kernels()
 }

@@ -261,14 +261,14 @@ fn spirv(
     Ok(words.into_iter().flat_map(u32::to_le_bytes).collect())
 }
 
-/// wgpu-hal, dx12/device.rs: the parameters are a root descriptor, whose indices are restricted; buffers are checked by the hardware. For
-/// kernels like ours the text is the same for every shader model.
+/// wgpu-hal, dx12/device.rs: the parameters are a root descriptor, whose indices are restricted; buffers are checked by the hardware. We ask
+/// for no zeroed workgroup memory there. For kernels like ours the text is the same for every shader model.
 fn hlsl(parsed: &Parsed, kernel: &Kernel, checked: bool) -> Result<String, String> {
     let (mut read, mut written) = (0, 0);
     let mut options = hlsl::Options {
         shader_model: hlsl::ShaderModel::V6_0,
         fake_missing_bindings: false,
-        zero_initialize_workgroup_memory: checked,
+        zero_initialize_workgroup_memory: false,
         restrict_indexing: checked,
         force_loop_bounding: checked,
         ..hlsl::Options::default()
