@@ -7,23 +7,21 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/tools.sh
 
 page=${1:-target/page}
+# What is there is deleted: a page that this script made, and nothing else.
+if [ -e "$page" ] && [ ! -e "$page/pkg/rankmix_web.js" ] && [ -n "$(ls -A "$page")" ]; then
+  echo "$(basename "$0"): $page is not empty and no page of rankmix: name another folder" >&2
+  exit 1
+fi
 
 # The glue between WebAssembly and JavaScript is written by the program whose version is that of the library linked in.
 version=$(sed -n '/^name = "wasm-bindgen"$/{n;s/^version = "\(.*\)"$/\1/p;}' Cargo.lock)
 glue=$RANKMIX_TOOLS/wasm-bindgen-$version
 if [ ! -x "$glue/bin/wasm-bindgen" ]; then
   echo "installing wasm-bindgen-cli $version into $glue" >&2
-  cargo install --quiet --version "$version" --root "$glue" wasm-bindgen-cli
+  cargo install --quiet --locked --version "$version" --root "$glue" wasm-bindgen-cli
 fi
 
-# Cargo says where the file went: cargo_for.sh may use a target folder of its own.
-messages=$(scripts/cargo_for.sh wasm32-unknown-unknown build --profile web --package rankmix-web --lib \
-  --message-format json-render-diagnostics)
-wasm=$(sed -n 's/.*"\([^"]*\/rankmix_web\.wasm\)".*/\1/p' <<<"$messages" | tail -n 1)
-if [ ! -f "$wasm" ]; then
-  echo "$(basename "$0"): cargo built no rankmix_web.wasm" >&2
-  exit 1
-fi
+wasm=$(built_file 'rankmix_web\.wasm' scripts/cargo_for.sh wasm32-unknown-unknown build --profile web --package rankmix-web --lib)
 
 rm -rf "$page"
 mkdir -p "$page/pkg"

@@ -22,17 +22,33 @@ windows_linker() {
   fi
 }
 
+# rustup_library: rustup's download of the library. On failure its message is in `complaint`.
+rustup_library() {
+  complaint=
+  command -v rustup >/dev/null || return 1
+  local patience=()
+  # macOS has no such program.
+  if command -v timeout >/dev/null; then patience=(timeout 120); fi
+  complaint=$("${patience[@]}" rustup target add "$target" 2>&1) && has_library
+}
+
 windows_linker
-if has_library || { command -v rustup >/dev/null && timeout 120 rustup target add "$target" >/dev/null 2>&1 && has_library; }; then
+if has_library || rustup_library; then
   exec cargo "$command" --target "$target" "$@"
 fi
 
+if ! command -v dpkg-query >/dev/null; then
+  if [ -n "$complaint" ]; then echo "$complaint" >&2; fi
+  echo "cargo_for.sh: Rust's standard library for $target is missing; with rustup: rustup target add $target" >&2
+  exit 1
+fi
 install_packages rustc-web cargo-web rust-web-src
+if [ "$command" = clippy ]; then install_packages rust-web-clippy; fi
 std=std,panic_abort
 case $target in
   wasm32-unknown-unknown)
     # Debian's compiler has no linker for WebAssembly; every other toolchain brings one.
-    linker=$(find "$(rustc --print sysroot)" -name rust-lld -type f 2>/dev/null | head -n 1)
+    linker=$(find "$(rustc --print sysroot)" -name rust-lld -type f -print -quit 2>/dev/null)
     if [ -z "$linker" ]; then
       command -v wasm-ld >/dev/null || install_packages lld
       linker=wasm-ld

@@ -12,8 +12,8 @@
 #
 # usage: scripts/check_shaders.sh             a line for each failure, a table, exit status 1 if anything failed
 #        scripts/check_shaders.sh --prove     checks tests/faults/*.wgsl instead, and that each fault is found by the check that its file names,
-#                                             in the line that it marks
-# The texts are kept in target/shaders, to be looked at. Debian 12 (for the compilers of GPUs); tools are downloaded once.
+#                                             in the line that it marks, or at the entry point where that check sees no lines of WGSL
+# The texts are kept in target/shaders, to be looked at. Debian 12 on x86_64 (for the compilers of GPUs); tools are downloaded once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/shaders/tools.sh
@@ -23,7 +23,7 @@ install_packages python3 spirv-tools glslang-tools clang-14
 install_tint
 install_dxc
 install_metal_headers
-install_mesa "$MESA_SUITE"
+install_mesa "$MESA_FOLDER"
 build_statistics
 
 folder=$(realpath -m "${CARGO_TARGET_DIR:-target}/shaders")

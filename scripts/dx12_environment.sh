@@ -8,6 +8,10 @@
 set -euo pipefail
 # shellcheck source=scripts/tools.sh
 source "$(dirname "${BASH_SOURCE[0]}")/tools.sh"
+if [ "$(uname -m)" != x86_64 ]; then
+  echo "$(basename "$0"): Wine runs programs for x86_64 here, on a machine of that kind; this is $(uname -m)" >&2
+  exit 1
+fi
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 system=$RANKMIX_TOOLS/debian13
@@ -34,42 +38,54 @@ inside() {
 install_debian() {
   install_packages debootstrap
   local mirror
-  # shellcheck disable=SC2016
-  mirror=$(apt-get indextargets --format '$(REPO_URI)' | grep -m1 '/debian/$' || true)
+  mirror=$(debian_mirror)
   as_root rm -rf "$system.part"
   as_root debootstrap --variant=minbase trixie "$system.part" ${mirror:+"$mirror"}
   # This machine's own way to the network.
   apt-config dump | grep -E '^Acquire::(Check-|https?::Proxy)' | as_root tee "$system.part/etc/apt/apt.conf.d/99host" || true
+  as_root rm -rf "$system"
   as_root mv "$system.part" "$system"
 }
 
 install_wine() {
   inside apt-get update
   inside DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends wine wine64 mesa-vulkan-drivers libvulkan1 xvfb xauth
+  inside rm -rf /root/wine
   inside wine64 wineboot --init
 }
 
 install_fxc() {
-  local folder
+  local folder=$RANKMIX_TOOLS/fxc.part
   python3 -m pip --version >/dev/null 2>&1 || install_packages python3-pip
-  folder=$(mktemp -d)
+  rm -rf "$folder"
   python3 -m pip download --quiet --no-deps --only-binary=:all: --platform win_amd64 --python-version 3.11 --implementation cp \
     --dest "$folder" "$fxc_package"
   python3 -m zipfile -e "$folder"/*.whl "$folder/package"
   find "$folder/package" -name d3dcompiler_47.dll -exec cp {} "$folder" \;
+  test -s "$folder/d3dcompiler_47.dll"
+  # In place of Wine's own.
   as_root cp "$folder/d3dcompiler_47.dll" "$system/root/wine/drive_c/windows/system32/"
   rm -rf "$folder"
 }
 
-# step FILE NAME: what is made by install_NAME, unless its mark is there.
+# step NAME: what is made by install_NAME, unless its mark is there.
 step() {
   as_root test -e "$system/root/done.$1" && return
   echo "dx12_environment.sh: installing $1 into $system" >&2
-  "install_$1" >>"$log" 2>&1 || {
+  local status
+  # Not `install_... || ...`: bash goes on after a failure inside what it is to judge.
+  set +e
+  (
+    set -e
+    "install_$1"
+  ) >>"$log" 2>&1
+  status=$?
+  set -e
+  if [ $status -ne 0 ]; then
     tail -n 20 "$log" >&2
     echo "dx12_environment.sh: installing $1 failed, see $log" >&2
     return 1
-  }
+  fi
   as_root touch "$system/root/done.$1"
 }
 

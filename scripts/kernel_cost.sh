@@ -5,25 +5,30 @@
 # usage: scripts/kernel_cost.sh               AMD's Vega 10, Navi 21 and Navi 31, with a pinned Mesa: a table, and exit status 1 if a kernel
 #                                             spills that kernel_cost_allowed.txt does not name (at every other tile too: check_shaders.sh)
 #        scripts/kernel_cost.sh --all         AMD GFX1201, NVIDIA Turing and Ampere, Apple M1 and Adreno 740 as well, with Debian's newest Mesa
-#        scripts/kernel_cost.sh --markdown    writes the tables into docs/performance.md
-# Debian 12; tools are downloaded once.
+#        scripts/kernel_cost.sh --markdown    writes the tables of all of them into docs/performance.md
+# Debian 12 on x86_64; tools are downloaded once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/shaders/tools.sh
 source scripts/shaders/tools.sh
 
 options=()
-suites=("$MESA_SUITE")
+all=no
+drivers=("$MESA_FOLDER")
 for option in "$@"; do
   case $option in
-    --all) options+=(--all); suites+=("$NEW_MESA_SUITE") ;;
-    --markdown) options+=(--markdown docs/performance.md) ;;
+    --all) all=yes ;;
+    --markdown) all=yes; options+=(--markdown docs/performance.md) ;;
     *) echo "usage: kernel_cost.sh [--all] [--markdown]" >&2; exit 2 ;;
   esac
 done
+if [ $all = yes ]; then
+  options+=(--all)
+  drivers+=("$NEW_MESA_FOLDER")
+fi
 
 install_packages python3
-for suite in "${suites[@]}"; do install_mesa "$suite"; done
+for driver in "${drivers[@]}"; do install_mesa "$driver"; done
 build_statistics
 
 folder=$(realpath -m "${CARGO_TARGET_DIR:-target}/kernel-cost")

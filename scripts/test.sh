@@ -10,7 +10,9 @@ if [ -z "${DISPLAY:-}${WAYLAND_DISPLAY:-}" ]; then export EGL_PLATFORM="${EGL_PL
 cargo build --release --features cli --bin rankmix
 
 has_adapter() {
-  cargo run --release --quiet --features cli --bin rankmix -- devices 2>/dev/null | grep -qE '\((vulkan|metal|dx12), '
+  local devices
+  devices=$(cargo run --release --quiet --features cli --bin rankmix -- devices 2>/dev/null) || return 1
+  grep -qE '\((vulkan|metal|dx12), ' <<<"$devices"
 }
 
 if ! has_adapter; then

@@ -8,34 +8,34 @@ cd "$(dirname "$0")/.."
 # shellcheck source=scripts/tools.sh
 source scripts/tools.sh
 
-# built KIND NAME: builds a target of the crate, and says where it is.
-built() {
+# build KIND NAME: builds a target of the crate into target/dx12/NAME.exe.
+build() {
   local path
-  path=$(scripts/cargo_for.sh x86_64-pc-windows-gnu build --release --all-features "--$1" "$2" --message-format=json |
-    sed -n 's/.*"executable":"\([^"]*\.exe\)".*/\1/p' | tail -n 1)
-  [ -n "$path" ] || {
-    echo "test_dx12.sh: cargo built no $2" >&2
-    exit 1
-  }
+  path=$(built_file "$2(-[0-9a-f]+)?\.exe" scripts/cargo_for.sh x86_64-pc-windows-gnu build --release --all-features "--$1" "$2")
   # Wine sees the checkout alone, wherever cargo builds.
   mkdir -p target/dx12
   cp "$path" "target/dx12/$2.exe"
-  echo "target/dx12/$2.exe"
 }
 
-# on_dx12 EXPECTED PROGRAM ARGUMENTS...: runs it, and fails if it does, or if it does not say that it ran on DirectX 12.
+# on_dx12 DEVICE RESULT PROGRAM ARGUMENTS...: runs it, and fails if it does, or if it prints no such line of the device that it ran on, or none
+# of the result.
 on_dx12() {
-  local expected=$1 log begun=$SECONDS
-  shift
+  local device=$1 result=$2 log begun=$SECONDS
+  shift 2
   log=$(mktemp)
   scripts/dx12_environment.sh "$@" 2>&1 | tee "$log" || {
     rm "$log"
     echo "test_dx12.sh: failed: $*" >&2
     return 1
   }
-  grep -aqE "$expected" "$log" || {
+  grep -aqE "$device" "$log" || {
     rm "$log"
     echo "test_dx12.sh: this did not run on DirectX 12: $*" >&2
+    return 1
+  }
+  grep -aqE "$result" "$log" || {
+    rm "$log"
+    echo "test_dx12.sh: nothing was tested, or not everything: $*" >&2
     return 1
   }
   rm "$log"
@@ -44,17 +44,18 @@ on_dx12() {
 
 failed=0
 if [ $# -gt 0 ]; then
-  program=$(built test suite)
+  build test suite
   for filter in "$@"; do
     # The suite's golden cases and other tests of the DirectX 12 device; the CPU's and GL's run elsewhere.
-    on_dx12 '^device dx12: [^n]' "$program" "$filter" --skip ::cpu --skip ::gl || failed=1
+    on_dx12 '^device dx12: [^n]' '^test result: ok\. [1-9][0-9]* passed; 0 failed; 0 ignored;' \
+      target/dx12/suite.exe "$filter" --skip ::cpu --skip ::gl || failed=1
   done
 else
-  program=$(built bin rankmix)
+  build bin rankmix
   for mode in "" --checked "--storage f16" "--storage f16 --checked"; do
     echo "== golden cases ${mode:-trusted}"
     # shellcheck disable=SC2086
-    on_dx12 '^device: .*\(dx12, ' "$program" replay $mode tests/golden/*.safetensors || failed=1
+    on_dx12 '^device: .*\(dx12, ' '  ok  output ' target/dx12/rankmix.exe replay $mode tests/golden/*.safetensors || failed=1
   done
 fi
 exit $failed

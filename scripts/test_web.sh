@@ -24,7 +24,11 @@ done
 case $browser in
   chromium) command -v chromium >/dev/null || install_packages chromium ;;
   # Firefox has no software GPU of its own: it takes the machine's Vulkan driver.
-  firefox) command -v firefox-esr >/dev/null || install_packages firefox-esr mesa-vulkan-drivers ;;
+  firefox)
+    browser_needs=(mesa-vulkan-drivers libvulkan1)
+    command -v firefox-esr >/dev/null || browser_needs+=(firefox-esr)
+    if command -v dpkg-query >/dev/null; then install_packages "${browser_needs[@]}"; fi
+    ;;
 esac
 command -v npm >/dev/null || install_packages nodejs npm
 

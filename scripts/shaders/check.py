@@ -21,7 +21,11 @@ def tab_separated(output):
 
 def tint(folder, kernels):
     output = must(["node", os.path.join(HERE, "tint_check.js"), os.path.join(folder, "kernels.tsv")], folder)
-    return len({(kernel.wgsl, kernel.entry, kernel.constants) for kernel in kernels}), tab_separated(output)
+    *findings, judged = output.splitlines()
+    expected = len({(kernel.wgsl, kernel.entry, kernel.constants) for kernel in kernels})
+    if judged != str(expected):
+        raise SystemExit(f"tint_check.js judged {judged} kernels of {expected}")
+    return expected, tab_separated("\n".join(findings))
 
 
 def spirv(folder, kernels):
@@ -168,7 +172,10 @@ def main():
     print(f"\n{'check':<12}{'texts':>8}{'failed':>8}{'seconds':>9}")
     for name, count, failed, seconds in rows:
         print(f"{name:<12}{count:>8}{failed:>8}" + ("" if seconds is None else f"{seconds:>9.1f}"))
-    return 1 if any(failed for _, _, failed, _ in rows) else 0
+    idle = [name for name, count, _, _ in rows if count == 0]
+    if idle:
+        print(f"nothing to check for: {', '.join(idle)}")
+    return 1 if idle or any(failed for _, _, failed, _ in rows) else 0
 
 
 if __name__ == "__main__":

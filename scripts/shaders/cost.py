@@ -18,46 +18,53 @@ NVIDIA = Vendor("Number of GPRs", ["Spills to memory"], "SLM size", "Max warps/S
 APPLE = Vendor("GPRs", ["Spills"], "Scratch", "Threads", "threads/core", "", "Instructions", "")
 ADRENO = Vendor("Registers used", ["STP Count", "LDP Count"], "", "Max Waves Per Core", "waves/core", "", "Instruction Count", "")
 
-Device = namedtuple("Device", "name title suite vendor")
-MESA, NEW_MESA = "bookworm-backports", "forky"
+# `reports` is part of the name that the driver gives the device: it is not asked for another. `mesa` is the variable of tools.sh with its folder.
+Device = namedtuple("Device", "name title reports mesa vendor")
+MESA, NEW_MESA = "MESA_FOLDER", "NEW_MESA_FOLDER"
 EVERY_TIME = [
-    Device("amd:vega10", "AMD Vega 10 (GCN 5)", MESA, AMD),
-    Device("amd:navi21", "AMD Navi 21 (RDNA 2)", MESA, AMD),
-    Device("amd:navi31", "AMD Navi 31 (RDNA 3)", MESA, AMD),
+    Device("amd:vega10", "AMD Vega 10 (GCN 5)", "VEGA10", MESA, AMD),
+    Device("amd:navi21", "AMD Navi 21 (RDNA 2)", "NAVI21", MESA, AMD),
+    Device("amd:navi31", "AMD Navi 31 (RDNA 3)", "NAVI31", MESA, AMD),
 ]
 ON_REQUEST = [
-    Device("amd:gfx1201", "AMD GFX1201 (RDNA 4)", NEW_MESA, AMD),
-    Device("nvidia:162", "NVIDIA TU102 (Turing)", NEW_MESA, NVIDIA),
-    Device("nvidia:172", "NVIDIA GA102 (Ampere)", NEW_MESA, NVIDIA),
-    Device("apple:m1", "Apple M1", NEW_MESA, APPLE),
-    Device("adreno:740", "Qualcomm Adreno 740", NEW_MESA, ADRENO),
+    Device("amd:gfx1201", "AMD GFX1201 (RDNA 4)", "GFX1201", NEW_MESA, AMD),
+    # NVK gives the chip no name.
+    Device("nvidia:162", "NVIDIA TU102 (Turing)", "NVK", NEW_MESA, NVIDIA),
+    Device("nvidia:172", "NVIDIA GA102 (Ampere)", "NVK", NEW_MESA, NVIDIA),
+    Device("apple:m1", "Apple M1", "Apple M1", NEW_MESA, APPLE),
+    Device("adreno:740", "Qualcomm Adreno 740", "Adreno (TM) 740", NEW_MESA, ADRENO),
 ]
 
 
 def statistics(folder, files, device):
     """What the device's compiler says of each SPIR-V file: {file: {statistic: value}}."""
-    command = [os.path.join(HERE, "pretend_gpu.sh"), device.suite, device.name, os.environ["PIPELINE_STATISTICS"]]
+    command = [os.path.join(HERE, "pretend_gpu.sh"), os.environ[device.mesa], device.name, os.environ["PIPELINE_STATISTICS"]]
     found = {file: {} for file in files}
     for output in in_parallel(lambda piece: must(command + piece, folder), pieces(files, 200)):
         for line in output.splitlines():
             file, statistic, value = line.split("\t")
             if file:
                 found[file][statistic] = value
+            elif device.reports not in value:
+                raise SystemExit(f"{device.name}: the driver runs on `{value}`, not on `{device.reports}`")
     return found
 
 
 def number(values, statistic):
-    return int(float(values.get(statistic, 0))) if statistic else 0
+    return int(float(values[statistic]))
 
 
 def spilled(values, vendor):
     """What is wrong with a kernel on a device: {statistic: value}."""
     if "error" in values:
         return {"error": values["error"]}
-    if vendor.registers not in values:
-        return {"error": "the driver says nothing of it"}
-    names = [*vendor.spills, *([vendor.scratch] if vendor.scratch else [])]
-    return {name: number(values, name) for name in names if number(values, name)}
+    spills = [*vendor.spills, *([vendor.scratch] if vendor.scratch else [])]
+    printed = [vendor.registers, vendor.occupancy, vendor.memory, vendor.instructions, vendor.cycles]
+    # One that has another name in another version of the driver is not 0.
+    missing = [name for name in [*spills, *printed] if name and name not in values]
+    if missing:
+        return {"error": f"the driver does not say `{'`, `'.join(missing)}`"}
+    return {name: number(values, name) for name in spills if number(values, name)}
 
 
 def said(wrong):
@@ -113,6 +120,11 @@ def rows(folder, kernels, device):
     table, wrong = [], []
     for kernel in kernels:
         values, vendor = found[kernel.trusted], device.vendor
+        spills_found = spilled(values, vendor)
+        if spills_found:
+            wrong.append((kernel, spills_found))
+        if "error" in spills_found:
+            continue
         spills = sum(number(values, name) for name in vendor.spills)
         table.append([
             f"{os.path.basename(kernel.place).split('.')[0]} `{kernel.entry}`",
@@ -120,8 +132,6 @@ def rows(folder, kernels, device):
             number(values, vendor.occupancy), number(values, vendor.memory) if vendor.memory else "",
             number(values, vendor.instructions), number(values, vendor.cycles) if vendor.cycles else "",
         ])
-        if spilled(values, vendor):
-            wrong.append((kernel, spilled(values, vendor)))
     return table, wrong
 
 
@@ -150,7 +160,7 @@ def markdown(device, names, table):
 
 
 def version(device):
-    with open(os.path.join(os.environ["RANKMIX_TOOLS"], f"mesa-{device.suite}", "version"), encoding="utf-8") as file:
+    with open(os.path.join(os.environ[device.mesa], "version"), encoding="utf-8") as file:
         return file.read().split("-")[0]
 
 

@@ -234,8 +234,10 @@ def main():
     lines += [f"using metal::{scalar}{n};" for scalar in SCALARS for n in (2, 3, 4)]
     for name, text in (("metal_stdlib", "\n".join(lines)), ("simd/simd.h", "#pragma once")):
         path = os.path.join(folder, name)
-        with open(path, "w", encoding="utf-8") as file:
+        # Never half a file: another check may be reading it.
+        with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
             file.write(text + "\n")
+        os.replace(file.name, path)
 
 
 main()

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# pretend_gpu.sh SUITE DEVICE COMMAND [ARGUMENTS]: runs a program on Mesa's driver for a GPU that is not there. The driver compiles as if it
-# were; nothing executes. SUITE is one that install_mesa of tools.sh unpacked; devices:
+# pretend_gpu.sh FOLDER DEVICE COMMAND [ARGUMENTS]: runs a program on Mesa's driver for a GPU that is not there. The driver compiles as if it
+# were; nothing executes. FOLDER is where install_mesa of tools.sh unpacked it; devices:
 #   amd:vega10 amd:navi21 amd:navi31 amd:gfx1201    nvidia:162 (Turing) nvidia:172 (Ampere)    apple:m1    adreno:630 ... adreno:750
 set -euo pipefail
-suite=$1
+mesa=$1
 device=$2
 shift 2
 
-mesa="${RANKMIX_TOOLS:-${XDG_CACHE_HOME:-$HOME/.cache}/rankmix-tools}/mesa-$suite"
 libraries="$mesa/usr/lib/x86_64-linux-gnu"
 export NVK_I_WANT_A_BROKEN_VULKAN_DRIVER=1
 case $device in
@@ -17,8 +16,8 @@ case $device in
   apple:m1) driver=asahi shim=asahi ;;
   *) echo "pretend_gpu.sh: no device \`$device\`" >&2; exit 1 ;;
 esac
-loader=$(find "$mesa" -path '*x86_64-linux-gnu/ld-linux-x86-64.so.2' | head -n 1)
-if [ -z "$loader" ]; then echo "pretend_gpu.sh: Mesa of $suite is not unpacked" >&2; exit 1; fi
+loader=$(find "$mesa" -path '*x86_64-linux-gnu/ld-linux-x86-64.so.2' -print -quit)
+if [ -z "$loader" ]; then echo "pretend_gpu.sh: there is no Mesa in $mesa" >&2; exit 1; fi
 
 # The driver's description names its library by the path that it would have if it were installed.
 description=$(mktemp --suffix=.json)

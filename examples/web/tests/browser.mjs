@@ -1,10 +1,10 @@
 // What the tests share: a server of what was built, and a real browser without a window.
 // RANKMIX_BROWSER: chromium or firefox. RANKMIX_WEB_TOOLS: where scripts/test_web.sh puts the packages from npm.
-import { existsSync, readFileSync } from "node:fs";
+import { accessSync, constants, existsSync, readFileSync } from "node:fs";
 import { createServer } from "node:http";
 import { createRequire } from "node:module";
 import { homedir } from "node:os";
-import { extname, join, normalize } from "node:path";
+import { delimiter, extname, join, normalize } from "node:path";
 import { fileURLToPath } from "node:url";
 
 const repository = fileURLToPath(new URL("../../..", import.meta.url));
@@ -59,10 +59,24 @@ export async function serve(folder) {
   };
 }
 
+/** The path of a program that PATH leads to. */
+function program(name) {
+  const found = (process.env.PATH ?? "").split(delimiter).map((folder) => join(folder, name)).find((path) => {
+    try {
+      accessSync(path, constants.X_OK);
+      return true;
+    } catch {
+      return false;
+    }
+  });
+  if (!found) throw new Error(`there is no ${name} in PATH`);
+  return found;
+}
+
 /** Chromium by Playwright, on its own software GPU. */
 export function launch() {
   return packages("playwright-core").chromium.launch({
-    executablePath: "/usr/bin/chromium",
+    executablePath: program("chromium"),
     headless: true,
     args: [
       "--no-sandbox",
@@ -81,7 +95,7 @@ export function launch() {
 function launchFirefox() {
   return packages("puppeteer-core").launch({
     browser: "firefox",
-    executablePath: "/usr/bin/firefox-esr",
+    executablePath: program("firefox-esr"),
     headless: true,
     protocolTimeout: 600_000,
     extraPrefsFirefox: {
