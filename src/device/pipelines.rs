@@ -1,7 +1,10 @@
 //! Compute pipelines, built once for each (shader, entry point, constants, bindings) and shared by all sessions of a device.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::hash::Hash;
 use std::sync::{Arc, Mutex, PoisonError};
+
+use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
 
 use crate::device::counters::LiveCounters;
 use crate::device::gpu::Gpu;
@@ -14,7 +17,7 @@ pub(crate) struct Pipeline {
     pub(crate) layout: wgpu::BindGroupLayout,
 }
 
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Key {
     shader: Shader,
     entry: &'static str,
@@ -24,20 +27,48 @@ struct Key {
     param_bytes: u64,
 }
 
+/// Things that are built once each, different ones at the same time on different threads. Whoever wants one that is being built waits
+/// for it, and builds it if that failed.
+#[derive(Debug)]
+struct BuiltOnce<K, V>(Mutex<HashMap<K, Arc<Mutex<Option<V>>>>>);
+
+impl<K, V> Default for BuiltOnce<K, V> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<K: Eq + Hash, V: Clone> BuiltOnce<K, V> {
+    /// `build` must not wait for other threads of a pool: one of them may wait here.
+    fn get_or_build(&self, key: K, build: impl FnOnce() -> Result<V>) -> Result<V> {
+        let slot = {
+            let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(slots.entry(key).or_default())
+        };
+        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(built) = &*slot {
+            return Ok(built.clone());
+        }
+        let built = build()?;
+        *slot = Some(built.clone());
+        Ok(built)
+    }
+
+    fn clear(&self) {
+        let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.clear();
+    }
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct PipelineCache {
-    modules: Mutex<HashMap<Shader, wgpu::ShaderModule>>,
-    pipelines: Mutex<HashMap<Key, Arc<Pipeline>>>,
+    modules: BuiltOnce<Shader, wgpu::ShaderModule>,
+    pipelines: BuiltOnce<Key, Arc<Pipeline>>,
 }
 
-/// The size of a launch's uniform parameters, padded as WGSL pads a struct in uniform memory.
-pub(crate) fn param_bytes(launch: &Launch) -> u64 {
-    (launch.params.len().max(1) as u64 * 4).next_multiple_of(16)
-}
-
-impl Gpu {
-    pub(crate) fn pipeline(&self, launch: &Launch) -> Result<Arc<Pipeline>> {
-        let key = Key {
+impl Key {
+    fn of(launch: &Launch) -> Self {
+        Self {
             shader: launch.shader,
             entry: launch.entry,
             constants: launch
@@ -51,28 +82,54 @@ impl Gpu {
                 .map(|binding| (binding.number, binding.access))
                 .collect(),
             param_bytes: param_bytes(launch),
-        };
-        let mut pipelines = self
-            .pipelines
-            .pipelines
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// The size of a launch's uniform parameters, padded as WGSL pads a struct in uniform memory.
+pub(crate) fn param_bytes(launch: &Launch) -> u64 {
+    (launch.params.len().max(1) as u64 * 4).next_multiple_of(16)
+}
+
+impl Gpu {
+    /// The pipeline of each launch. Natively those that are missing are built in parallel; if several cannot be, the error is that of
+    /// the first launch among them.
+    ///
+    /// wgpu's error scopes are a thread's own, so each build hears of its own errors alone, on a host application's device too.
+    pub(crate) fn pipelines(&self, launches: &[&Launch]) -> Result<Vec<Arc<Pipeline>>> {
         if self.reports.failed_late() {
             // One of them may be what failed; sessions keep theirs.
-            pipelines.clear();
-            self.pipelines
-                .modules
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clear();
+            self.pipelines.pipelines.clear();
+            self.pipelines.modules.clear();
         }
-        if let Some(pipeline) = pipelines.get(&key) {
-            return Ok(Arc::clone(pipeline));
+        // On GL all calls wait for each other anyway, and a browser compiles beside us.
+        if !self.is_gl() && !cfg!(target_arch = "wasm32") {
+            let mut seen = HashSet::new();
+            let distinct: Vec<&Launch> = launches
+                .iter()
+                .copied()
+                .filter(|launch| seen.insert(Key::of(launch)))
+                .collect();
+            let built: Vec<Result<Arc<Pipeline>>> = distinct
+                .into_par_iter()
+                .with_max_len(1)
+                .map(|launch| self.pipeline(launch))
+                .collect();
+            built.into_iter().collect::<Result<Vec<_>>>()?;
         }
-        let pipeline = Arc::new(self.build_pipeline(launch)?);
-        LiveCounters::count(&self.counters.pipelines, 1);
-        pipelines.insert(key, Arc::clone(&pipeline));
-        Ok(pipeline)
+        launches
+            .iter()
+            .map(|launch| self.pipeline(launch))
+            .collect()
+    }
+
+    fn pipeline(&self, launch: &Launch) -> Result<Arc<Pipeline>> {
+        let cache = &self.pipelines.pipelines;
+        cache.get_or_build(Key::of(launch), || {
+            let pipeline = Arc::new(self.build_pipeline(launch)?);
+            LiveCounters::count(&self.counters.pipelines, 1);
+            Ok(pipeline)
+        })
     }
 
     fn build_pipeline(&self, launch: &Launch) -> Result<Pipeline> {
@@ -149,14 +206,11 @@ impl Gpu {
     }
 
     fn module(&self, shader: Shader) -> Result<wgpu::ShaderModule> {
-        let mut modules = self
-            .pipelines
-            .modules
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(module) = modules.get(&shader) {
-            return Ok(module.clone());
-        }
+        let modules = &self.pipelines.modules;
+        modules.get_or_build(shader, || self.build_module(shader))
+    }
+
+    fn build_module(&self, shader: Shader) -> Result<wgpu::ShaderModule> {
         // The standard insists on the line, and so do browsers; naga knows the built-ins and not the line.
         let source = if cfg!(target_arch = "wasm32") {
             shader.source.into()
@@ -167,15 +221,13 @@ impl Gpu {
             label: Some(shader.name),
             source: wgpu::ShaderSource::Wgsl(source),
         };
-        let module = self.scoped(shader.name, 0, || {
+        self.scoped(shader.name, 0, || {
             if self.checked {
                 self.device.create_shader_module(descriptor)
             } else {
                 self.trusted_module(descriptor)
             }
-        })?;
-        modules.insert(shader, module.clone());
-        Ok(module)
+        })
     }
 
     /// A module without runtime checks: bounds checks cost up to 5 times the cycles of a tiled matmul.

@@ -62,8 +62,11 @@ impl Recording {
             dispatches: Vec::with_capacity(launches.len()),
             params,
         };
-        for ((launch, bound), param_offset) in launches.iter().zip(offsets) {
-            let pipeline = gpu.pipeline(launch)?;
+        let kernels: Vec<&Launch> = launches.iter().map(|(launch, _)| *launch).collect();
+        let pipelines = gpu.pipelines(&kernels)?;
+        for (((launch, bound), param_offset), pipeline) in
+            launches.iter().zip(offsets).zip(pipelines)
+        {
             let param_bytes = param_bytes(launch);
             let label = format!("{}::{}", launch.shader.name, launch.entry);
             let bind_group =

@@ -3,6 +3,7 @@
 //! Values that are never alive together share a buffer. Buffers are whole: a binding never starts inside one, because wgpu refuses
 //! a buffer that one dispatch reads and writes, even at disjoint ranges.
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
 use crate::device::{BUFFER_ALIGNMENT, Capabilities, Launches};
@@ -444,13 +445,48 @@ impl Classes {
     }
 }
 
-/// Buffers for blocks: largest block first, into the buffer that fits it best and is free throughout its life.
+/// Buffers for blocks: of several orders in which to place them, what comes out smallest. The largest first is mostly best; where
+/// sizes are alike, long lives first leave fewer gaps.
 fn assign(blocks: &[Block]) -> (Vec<u64>, Vec<usize>) {
-    let mut order: Vec<usize> = (0..blocks.len()).collect();
-    order.sort_by_key(|&index| (std::cmp::Reverse(blocks[index].bytes), blocks[index].first));
+    let largest = |block: &Block| (Reverse(block.bytes), block.first as u64);
+    let span = |block: &Block| (block.last.min(blocks.len()).saturating_sub(block.first)) as u64;
+    let longest = |block: &Block| (Reverse(span(block)), block.first as u64);
+    let weightiest = |block: &Block| {
+        let weight = block.bytes.saturating_mul(span(block) + 1);
+        (Reverse(weight), block.first as u64)
+    };
+    let last_first = |block: &Block| (Reverse(block.last as u64), block.first as u64);
+    // Within a power of 2 of sizes, the longest first.
+    let classes = |block: &Block| {
+        let class = u64::from(block.bytes.max(1).ilog2());
+        (Reverse(class), u64::MAX - span(block))
+    };
+    let earliest = |block: &Block| (Reverse(u64::MAX - block.first as u64), block.bytes);
+    let orders: [&dyn Fn(&Block) -> (Reverse<u64>, u64); 6] = [
+        &largest,
+        &longest,
+        &weightiest,
+        &last_first,
+        &classes,
+        &earliest,
+    ];
+    let total = |placed: &(Vec<u64>, Vec<usize>)| placed.0.iter().sum::<u64>();
+    orders
+        .iter()
+        .map(|order| {
+            let mut indices: Vec<usize> = (0..blocks.len()).collect();
+            indices.sort_by_key(|&index| order(&blocks[index]));
+            assign_in_order(blocks, &indices)
+        })
+        .min_by_key(total)
+        .unwrap_or_default()
+}
+
+/// Each block into the buffer, free throughout its life, that needs to grow least and of those is the smallest.
+fn assign_in_order(blocks: &[Block], order: &[usize]) -> (Vec<u64>, Vec<usize>) {
     let mut pool: Vec<(u64, Vec<usize>)> = Vec::new();
     let mut pool_of_block = vec![0; blocks.len()];
-    for index in order {
+    for &index in order {
         let block = &blocks[index];
         let free = |residents: &[usize]| {
             residents
@@ -459,11 +495,12 @@ fn assign(blocks: &[Block]) -> (Vec<u64>, Vec<usize>) {
         };
         let best = (0..pool.len())
             .filter(|&slot| free(&pool[slot].1))
-            .min_by_key(|&slot| pool[slot].0);
+            .min_by_key(|&slot| (block.bytes.saturating_sub(pool[slot].0), pool[slot].0));
         let slot = best.unwrap_or_else(|| {
-            pool.push((block.bytes, Vec::new()));
+            pool.push((0, Vec::new()));
             pool.len() - 1
         });
+        pool[slot].0 = pool[slot].0.max(block.bytes);
         pool[slot].1.push(index);
         pool_of_block[index] = slot;
     }

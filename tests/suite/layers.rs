@@ -489,7 +489,7 @@ fn memory_is_near_the_lower_bound(device: &Device) -> Result<(), Failed> {
             "{tokens} tokens, width {width}: pool {} bytes, {ratio:.3} of the lower bound",
             memory.pool
         );
-        if !(1.0..=1.1).contains(&ratio) {
+        if !(1.0..=1.05).contains(&ratio) {
             return Err(format!(
                 "{tokens} tokens, width {width}: {memory:?}: {ratio:.3} times the lower bound"
             )

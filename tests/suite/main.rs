@@ -15,6 +15,7 @@ mod host;
 mod kernels;
 mod layers;
 mod losses;
+mod memory;
 mod metrics;
 mod mistakes;
 mod moe_facts;
@@ -54,6 +55,7 @@ fn main() {
         host::trials(),
         layers::trials(),
         losses::trials(),
+        memory::trials(),
         mistakes::trials(),
         recomputation::trials(),
         noise::trials(),

@@ -100,9 +100,17 @@ pub(crate) struct Options {
 struct Timing {
     layer: String,
     device: String,
+    forward_compile_seconds: f64,
+    forward_first_seconds: f64,
+    step_compile_seconds: f64,
+    step_first_seconds: f64,
     forward_seconds: f64,
     step_seconds: f64,
+    /// Time that the host takes to submit a step, not to see it done, for each launch.
+    host_seconds_per_launch: Option<f64>,
     peak_bytes: u64,
+    /// The buffers that computed values share, over the least they could do with.
+    pool_over_lower_bound: f64,
     launches: u64,
     submits: u64,
 }
@@ -184,23 +192,51 @@ fn ramp(shape: [usize; 2]) -> Result<Tensor> {
     )
 }
 
-/// The median seconds of a run, synchronised.
-fn median_seconds(session: &mut Session) -> Result<f64> {
+/// Seconds of a session's runs.
+struct Runs {
+    /// Of the first run, synchronised: drivers compile much of a kernel when it is first used.
+    first: f64,
+    /// The median of the later runs, synchronised.
+    synchronised: f64,
+    /// The median until a run is submitted.
+    host: f64,
+}
+
+fn median(mut seconds: Vec<f64>) -> f64 {
+    seconds.sort_by(f64::total_cmp);
+    seconds[seconds.len() / 2]
+}
+
+fn time_runs(session: &mut Session) -> Result<Runs> {
     let device = session.device().clone();
-    for _ in 0..2 {
-        session.run()?;
-        device.wait()?;
-    }
-    let begun = Instant::now();
-    let mut seconds = Vec::new();
-    while seconds.len() < RUNS || begun.elapsed() < SPAN {
+    let mut run = || -> Result<[f64; 2]> {
         let start = Instant::now();
         session.run()?;
+        let host = start.elapsed();
         device.wait()?;
-        seconds.push(start.elapsed().as_secs_f64());
+        Ok([start.elapsed(), host].map(|span| span.as_secs_f64()))
+    };
+    let [first, _] = run()?;
+    run()?;
+    let begun = Instant::now();
+    let (mut synchronised, mut host) = (Vec::new(), Vec::new());
+    while host.len() < RUNS || begun.elapsed() < SPAN {
+        let [whole, submitted] = run()?;
+        synchronised.push(whole);
+        host.push(submitted);
     }
-    seconds.sort_by(f64::total_cmp);
-    Ok(seconds[seconds.len() / 2])
+    Ok(Runs {
+        first,
+        synchronised: median(synchronised),
+        host: median(host),
+    })
+}
+
+/// Compiles a graph and says how many seconds it took.
+fn timed_compile(graph: &Graph, store: &ParameterStore) -> Result<(Session, f64)> {
+    let start = Instant::now();
+    let session = graph.compile(store)?;
+    Ok((session, start.elapsed().as_secs_f64()))
 }
 
 fn measure(options: &Options, device: &Device) -> Result<Timing> {
@@ -226,9 +262,9 @@ fn measure(options: &Options, device: &Device) -> Result<Timing> {
             .collect();
         store.insert(&spec.name, &Tensor::f32(dims, data)?)?;
     }
-    let mut forward = graph.compile(&store)?;
+    let (mut forward, forward_compile_seconds) = timed_compile(&graph, &store)?;
     forward.set("x", &x_data)?;
-    let forward_seconds = median_seconds(&mut forward)?;
+    let forward_runs = time_runs(&mut forward)?;
     drop(forward);
 
     let mut graph = Graph::new();
@@ -241,16 +277,17 @@ fn measure(options: &Options, device: &Device) -> Result<Timing> {
         graph.output(gradient)?;
     }
     graph.output(output)?;
-    let mut step = graph.compile(&store)?;
+    let (mut step, step_compile_seconds) = timed_compile(&graph, &store)?;
     step.set("x", &x_data)?;
     step.set("upstream", &ramp(y_shape)?)?;
-    let step_seconds = median_seconds(&mut step)?;
+    let step_runs = time_runs(&mut step)?;
     let before = device.counters();
     step.run()?;
     device.wait()?;
     let after = device.counters();
     let memory = step.memory();
     let planned = memory.parameters + memory.inputs + memory.pool;
+    let launches = after.launches - before.launches;
     Ok(Timing {
         layer: options
             .layer
@@ -258,14 +295,20 @@ fn measure(options: &Options, device: &Device) -> Result<Timing> {
             .map(|value| value.get_name().to_owned())
             .unwrap_or_default(),
         device: device.name(),
-        forward_seconds,
-        step_seconds,
+        forward_compile_seconds,
+        forward_first_seconds: forward_runs.first,
+        step_compile_seconds,
+        step_first_seconds: step_runs.first,
+        forward_seconds: forward_runs.synchronised,
+        step_seconds: step_runs.synchronised,
+        host_seconds_per_launch: (launches > 0).then(|| step_runs.host / launches as f64),
         peak_bytes: if after.peak_bytes > 0 {
             after.peak_bytes
         } else {
             planned
         },
-        launches: after.launches - before.launches,
+        pool_over_lower_bound: memory.pool as f64 / memory.pool_lower_bound as f64,
+        launches,
         submits: after.submits - before.submits,
     })
 }
@@ -281,14 +324,26 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         println!("{text}");
     } else {
         println!("{} on {}", timing.layer, timing.device);
-        println!("  forward             {:.6} s", timing.forward_seconds);
-        println!("  forward + backward  {:.6} s", timing.step_seconds);
+        let seconds = |what: &str, seconds: f64| println!("  {what:<27}{seconds:.6} s");
+        seconds("compile forward", timing.forward_compile_seconds);
+        seconds("first forward", timing.forward_first_seconds);
+        seconds("compile forward + backward", timing.step_compile_seconds);
+        seconds("first forward + backward", timing.step_first_seconds);
+        seconds("forward", timing.forward_seconds);
+        seconds("forward + backward", timing.step_seconds);
+        if let Some(host) = timing.host_seconds_per_launch {
+            println!("  host time a launch         {:.3} us", host * 1e6);
+        }
         println!(
-            "  peak device memory  {:.2} MiB",
+            "  peak device memory         {:.2} MiB",
             timing.peak_bytes as f64 / f64::from(1 << 20)
         );
-        println!("  launches a step     {}", timing.launches);
-        println!("  submits a step      {}", timing.submits);
+        println!(
+            "  pool over lower bound      {:.3}",
+            timing.pool_over_lower_bound
+        );
+        println!("  launches a step            {}", timing.launches);
+        println!("  submits a step             {}", timing.submits);
     }
     Ok(ExitCode::SUCCESS)
 }
