@@ -445,6 +445,9 @@ impl Classes {
     }
 }
 
+/// What blocks are sorted by before they are placed.
+type Order<'a> = &'a dyn Fn(&Block) -> (Reverse<u64>, u64);
+
 /// Buffers for blocks: of several orders in which to place them, what comes out smallest. The largest first is mostly best; where
 /// sizes are alike, long lives first leave fewer gaps.
 fn assign(blocks: &[Block]) -> (Vec<u64>, Vec<usize>) {
@@ -462,7 +465,7 @@ fn assign(blocks: &[Block]) -> (Vec<u64>, Vec<usize>) {
         (Reverse(class), u64::MAX - span(block))
     };
     let earliest = |block: &Block| (Reverse(u64::MAX - block.first as u64), block.bytes);
-    let orders: [&dyn Fn(&Block) -> (Reverse<u64>, u64); 6] = [
+    let orders: [Order<'_>; 6] = [
         &largest,
         &longest,
         &weightiest,
