@@ -28,6 +28,9 @@ struct Routing {
     precision: Precision,
 }
 
+/// Logits and upstream, and the bias if there is one.
+type Inputs = ([Value; 2], Option<Value>);
+
 /// Rows of results, as bits.
 #[derive(Debug, PartialEq)]
 struct Routed {
@@ -62,7 +65,7 @@ fn kernels(graph: &Graph, name: &str) -> Result<usize> {
 }
 
 impl Routing {
-    fn graph(&self) -> Result<(Graph, [Value; 2], Option<Value>, Vec<Value>)> {
+    fn graph(&self) -> Result<(Graph, Inputs, Vec<Value>)> {
         let mut graph = Graph::new();
         graph.set_precision(self.precision);
         let sizes = [self.logits.len(), self.logits[0].len()];
@@ -87,7 +90,7 @@ impl Routing {
         for &value in &results {
             graph.output(value)?;
         }
-        Ok((graph, [logits, upstream], bias, results))
+        Ok((graph, ([logits, upstream], bias), results))
     }
 
     /// The results for the first `experts` experts, after a look at the sorted pairs.
@@ -97,7 +100,7 @@ impl Routing {
         experts: usize,
         together: bool,
     ) -> std::result::Result<Routed, Failed> {
-        let (graph, [logits, upstream], bias, results) = self.graph()?;
+        let (graph, ([logits, upstream], bias), results) = self.graph()?;
         let (both, sort) = (kernels(&graph, "route_and_sort")?, kernels(&graph, "sort")?);
         if together != (both == 1 && sort == 0) {
             return Err(format!("{both} kernels route and sort, {sort} sort").into());
