@@ -1,25 +1,30 @@
-// The stable sort of positions by key, 8 bits of the key a pass, least significant first.
+// The stable sort of positions by key.
 //
-//   count       counts[b, c] = how many keys of block c have digit b
-//   scan        counts becomes its exclusive prefix sum: where the keys of (digit b, block c) go
-//   scatter     order[counts[b, c]++] = position, for the keys of block c with digit b in their order
+//   whole       all of it in one launch, where one workgroup is enough
+//
+// Else by digits of the key, least significant first, each in three launches:
+//   count       counts[d, b] = how many places of block b have digit d
+//   scan        counts becomes its exclusive prefix sum: where the places of (digit d, block b) go
+//   scatter     order[counts[d, b] + how many of the block with digit d came before] = position
 //   boundaries  offsets[e] = the first place in order whose key is at least e     (after more than one pass)
 //
-// Layouts       keys: [count];  previous, order: [count] positions;  counts: [buckets, blocks];  offsets: [limit + 1].
-// Grid          count, scatter: one invocation a (digit, block) reads its whole block: no atomics, so the order is always the same.
-//               scan: one workgroup.  boundaries: one invocation a key value, by bisection.  All but scan folded into (x, y).
+// Layouts       keys: [count];  previous, order: [count] positions;  counts: [digits, blocks];  offsets: [limit + 1].
+// Grid          whole, scan: one workgroup.  count, scatter: a workgroup a block of chunks x share places, which each invocation walks for its
+//               own chunk alone: no atomics, so the order is always the same.  boundaries: one invocation a key value, by
+//               bisection.  All but whole and scan folded into (x, y).
 
-override WORKGROUP: u32 = 64u;
+override WORKGROUP: u32 = 128u;
 override SCAN_WORKGROUP: u32 = 256u;
 override FIRST_PASS: bool = true; // previous is the identity
-override ONLY_PASS: bool = true; // buckets are key values: scatter knows the offsets
+override ONLY_PASS: bool = true; // digits are key values: scatter knows the offsets
 
 struct Params {
   count: u32,
   limit: u32,
-  buckets: u32,
+  digits: u32,
   shift: u32,
-  block: u32,
+  chunks: u32,
+  share: u32,
   blocks: u32,
   groups_per_row: u32,
 }
@@ -40,29 +45,34 @@ fn position_at(place: u32) -> u32 {
 
 // A key that is out of range counts as the largest, so that every place stays in bounds.
 fn digit_of(position: u32) -> u32 {
-  return (min(keys[position], params.limit - 1u) >> params.shift) % params.buckets;
+  return (min(keys[position], params.limit - 1u) >> params.shift) % params.digits;
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn whole(@builtin(local_invocation_index) local: u32) {
+  sort_all(local);
 }
 
 @compute @workgroup_size(WORKGROUP)
 fn count(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let cell = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
-  if (cell >= params.buckets * params.blocks) { return; }
-  let bucket = cell / params.blocks;
-  let start = cell % params.blocks * params.block;
-  let end = min(start + params.block, params.count);
-  var found = 0u;
-  for (var place = start; place < end; place++) {
-    found += select(0u, 1u, digit_of(position_at(place)) == bucket);
+  let block = workgroup.y * params.groups_per_row + workgroup.x;
+  if (block >= params.blocks) { return; }
+  count_chunk(local, chunk_places(local, block * params.chunks * params.share));
+  workgroupBarrier();
+  for (var row = local; row < rows(); row += WORKGROUP) {
+    var sum = 0u;
+    for (var chunk = 0u; chunk < params.chunks; chunk++) { sum += cells[row * columns() + chunk]; }
+    counts[2u * row * params.blocks + block] = sum & 0xffffu;
+    if (2u * row + 1u < params.digits) { counts[(2u * row + 1u) * params.blocks + block] = sum >> 16u; }
   }
-  counts[cell] = found;
 }
 
 @compute @workgroup_size(SCAN_WORKGROUP)
 fn scan(@builtin(local_invocation_index) local: u32) {
-  let cells = params.buckets * params.blocks;
-  let share = (cells + SCAN_WORKGROUP - 1u) / SCAN_WORKGROUP;
-  let start = min(local * share, cells);
-  let end = min(start + share, cells);
+  let total = params.digits * params.blocks;
+  let share = (total + SCAN_WORKGROUP - 1u) / SCAN_WORKGROUP;
+  let start = min(local * share, total);
+  let end = min(start + share, total);
   var sum = 0u;
   for (var cell = start; cell < end; cell++) { sum += counts[cell]; }
   partial[local] = sum;
@@ -84,24 +94,20 @@ fn scan(@builtin(local_invocation_index) local: u32) {
 
 @compute @workgroup_size(WORKGROUP)
 fn scatter(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let cell = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
-  if (cell >= params.buckets * params.blocks) { return; }
-  let bucket = cell / params.blocks;
-  let block = cell % params.blocks;
-  let start = block * params.block;
-  let end = min(start + params.block, params.count);
-  var next = counts[cell];
-  if (ONLY_PASS) {
-    if (block == 0u) { offsets[bucket] = next; }
-    if (cell == 0u) { offsets[params.limit] = params.count; }
+  let block = workgroup.y * params.groups_per_row + workgroup.x;
+  if (block >= params.blocks) { return; }
+  let places = chunk_places(local, block * params.chunks * params.share);
+  for (var digit = local; digit < params.digits; digit += WORKGROUP) {
+    let start = counts[digit * params.blocks + block];
+    cells[start_cell(digit)] = start;
+    if (ONLY_PASS && block == 0u) { offsets[digit] = start; }
   }
-  for (var place = start; place < end; place++) {
-    let position = position_at(place);
-    if (digit_of(position) == bucket) {
-      order[next] = position;
-      next++;
-    }
-  }
+  if (ONLY_PASS && block == 0u && local == 0u) { offsets[params.limit] = params.count; }
+  count_chunk(local, places);
+  workgroupBarrier();
+  scan_rows(local);
+  workgroupBarrier();
+  scatter_chunk(local, places);
 }
 
 @compute @workgroup_size(WORKGROUP)

@@ -7,6 +7,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::route_and_sort::RouteAndSort;
 use crate::ops::silu::sigmoids;
 use crate::ops::{
     HostIo, LaunchTypes, Op, Real, Segments, dims_f32, expect_count, expect_f32, expect_i32, shader,
@@ -74,9 +75,9 @@ impl Route {
 /// Operands logits, the selection bias if `biased`. Results experts, gates, norms `[tokens, 4]`: the exponent taken off, the sum, and the part of
 /// the softmax that is not chosen.
 #[derive(Clone, Copy, Debug)]
-struct RouteForward {
-    route: Route,
-    biased: bool,
+pub(crate) struct RouteForward {
+    pub(crate) route: Route,
+    pub(crate) biased: bool,
 }
 
 /// Operands logits, experts, gates, norms, d_gates.
@@ -86,6 +87,8 @@ struct RouteBackward(Route);
 impl Graph {
     /// Chooses the `top_k` experts with the largest of `logits` (`[tokens, experts]`) for each token. The gates are the softmax
     /// over the chosen (`renormalize`), or the chosen's part of the softmax over all. A NaN sorts last.
+    ///
+    /// Up to 4,096 tokens and 64 experts one kernel routes and sorts.
     ///
     /// # Errors
     /// [`Error::Setting`] if `top_k` is 0 or more than there are experts, [`Error::Shape`] if the logits are not a matrix.
@@ -108,18 +111,27 @@ impl Graph {
         selection_bias: Option<Value>,
         route: Route,
     ) -> Result<Routed> {
-        let [_, experts] = dims_f32("route", "the logits", self.ty(logits)?)?;
-        let op = RouteForward {
+        let [tokens, experts] = dims_f32("route", "the logits", self.ty(logits)?)?;
+        let forward = RouteForward {
             route,
             biased: selection_bias.is_some(),
         };
         let inputs: Vec<Value> = [logits].into_iter().chain(selection_bias).collect();
-        let outputs = self.apply(op, &inputs)?;
-        let segments = self.segments(outputs[0], experts)?;
-        Ok(Routed {
-            gates: outputs[1],
-            segments,
-        })
+        let together = RouteAndSort::new(forward, [tokens, experts]);
+        let (gates, segments) = if let Some(op) = together {
+            let outputs = self.apply(op, &inputs)?;
+            let segments = Segments {
+                experts: outputs[0],
+                order: outputs[3],
+                offsets: outputs[4],
+                none: false,
+            };
+            (outputs[1], segments)
+        } else {
+            let outputs = self.apply(forward, &inputs)?;
+            (outputs[1], self.segments(outputs[0], experts)?)
+        };
+        Ok(Routed { gates, segments })
     }
 }
 
@@ -149,8 +161,22 @@ impl Route {
         }
     }
 
-    fn launch(&self, entry: &'static str, [tokens, experts]: [usize; 2], biased: bool) -> Launch {
-        Launch::new(shader!("route"), entry)
+    fn launch(&self, entry: &'static str, sizes: [usize; 2], biased: bool) -> Launch {
+        self.with_settings(
+            Launch::new(shader!("route", "route_token"), entry),
+            sizes,
+            biased,
+        )
+    }
+
+    /// The constants and parameters that every kernel that routes begins with.
+    pub(crate) fn with_settings(
+        &self,
+        launch: Launch,
+        [tokens, experts]: [usize; 2],
+        biased: bool,
+    ) -> Launch {
+        launch
             .constant("RENORMALIZE", self.renormalize)
             .constant("SIGMOID", self.score == Score::Sigmoid)
             .constant("BIASED", biased)
@@ -164,6 +190,11 @@ impl Route {
 
 impl RouteForward {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
+        self.host_route(&mut io).map(|_| ())
+    }
+
+    /// Writes experts, gates and norms, and returns the experts.
+    pub(crate) fn host_route<'a, R: Real>(&self, io: &mut HostIo<'a, R>) -> Result<&'a [i32]> {
         let Route {
             top_k,
             renormalize,
@@ -229,7 +260,7 @@ impl RouteForward {
             };
             norms.copy_from_slice(&[largest, sum, rest, R::zero()]);
         });
-        Ok(())
+        Ok(chosen)
     }
 }
 

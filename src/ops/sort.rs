@@ -4,12 +4,10 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Value};
 use crate::host_reference;
+use crate::ops::sort_block::{MOST_DIGITS, SortBlock, WORKGROUP};
 use crate::ops::{HostIo, IndexRange, LaunchTypes, Op, Real, expect_count, expect_dtype, shader};
 use crate::tensor::{DType, TensorType};
 
-const WORKGROUP: usize = 64;
-/// Keys are sorted 8 bits at a time.
-const BUCKETS: usize = 256;
 /// The largest workgroup that every WebGPU device allows: the scan is one workgroup.
 const SCAN_WORKGROUP: usize = 256;
 
@@ -22,6 +20,7 @@ pub struct Sorted {
     pub offsets: Value,
 }
 
+/// Operand keys. Results order, offsets.
 #[derive(Clone, Copy, Debug)]
 struct Sort {
     limit: usize,
@@ -41,25 +40,61 @@ impl Graph {
     }
 }
 
+/// The sort on the host. A key that is out of range counts as the nearest that is not.
+pub(crate) fn host_sort(keys: &[i32], limit: usize, order: &mut [i32], offsets: &mut [i32]) {
+    offsets.fill(0);
+    let bucket = |key: i32| (key.max(0) as usize).min(limit - 1);
+    for &key in keys {
+        offsets[bucket(key) + 1] += 1;
+    }
+    for key in 0..limit {
+        offsets[key + 1] += offsets[key];
+    }
+    let mut next = offsets.to_vec();
+    for (position, &key) in keys.iter().enumerate() {
+        let place = &mut next[bucket(key)];
+        order[*place as usize] = position as i32;
+        *place += 1;
+    }
+}
+
 impl Sort {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        let keys = io.ints(0)?;
         let (order, offsets) = (io.ints_out(0)?, io.ints_out(1)?);
-        offsets.fill(0);
-        let bucket = |key: i32| (key.max(0) as usize).min(self.limit - 1);
-        for &key in keys {
-            offsets[bucket(key) + 1] += 1;
-        }
-        for key in 0..self.limit {
-            offsets[key + 1] += offsets[key];
-        }
-        let mut next = offsets.to_vec();
-        for (position, &key) in keys.iter().enumerate() {
-            let place = &mut next[bucket(key)];
-            order[*place as usize] = position as i32;
-            *place += 1;
-        }
+        host_sort(io.ints(0)?, self.limit, order, offsets);
         Ok(())
+    }
+
+    /// All of it by one workgroup.
+    fn whole(&self, count: usize, block: SortBlock) -> Launch {
+        self.launch("whole", count, block, 0, 1)
+            .constant("CELLS", block.cells() as f64)
+            .read(1, Slot::Input(0))
+            .read(2, Slot::Input(0))
+            .write(4, Slot::Output(0))
+            .write(5, Slot::Output(1))
+            // The last parameter is how grids are folded.
+            .param(1_usize)
+    }
+
+    /// A launch with the bindings, and how its grid is folded, still to be named.
+    fn launch(
+        &self,
+        entry: &'static str,
+        count: usize,
+        block: SortBlock,
+        shift: usize,
+        blocks: usize,
+    ) -> Launch {
+        Launch::new(shader!("sort", "sort_block"), entry)
+            .constant("WORKGROUP", WORKGROUP as f64)
+            .param(count)
+            .param(self.limit)
+            .param(block.digits)
+            .param(shift)
+            .param(block.chunks)
+            .param(block.share)
+            .param(blocks)
     }
 }
 
@@ -98,15 +133,18 @@ impl Op for Sort {
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let count = io.inputs[0].elements();
-        let passes = (usize::BITS - (self.limit - 1).leading_zeros())
-            .div_ceil(BUCKETS.ilog2())
-            .max(1) as usize;
-        // Longer blocks where there is much to do: the scan over (buckets x blocks) is the work of one workgroup.
-        let block = if count <= 1 << 14 { 64 } else { 512 };
-        let blocks = count.div_ceil(block);
+        if let Some(block) = SortBlock::of_all(self.limit, count) {
+            return Ok(self.whole(count, block).into());
+        }
+        // Digits of equal width, so that none has more values than it needs.
+        let bits = (usize::BITS - (self.limit - 1).leading_zeros()) as usize;
+        let passes = bits.div_ceil(MOST_DIGITS.ilog2() as usize).max(1);
+        let width = bits.div_ceil(passes);
+        let digits = if passes == 1 { self.limit } else { 1 << width };
+        let block = SortBlock::of_many(digits, count);
+        let blocks = count.div_ceil(block.chunks * block.share);
         let mut launches = Launches::default();
-        let buckets = self.limit.min(BUCKETS);
-        let counts = launches.scratch_words(buckets * blocks);
+        let counts = launches.scratch_words(digits * blocks);
         let halves = match passes {
             1 => [Slot::Output(0); 2],
             2 => [launches.scratch_words(count), Slot::Output(0)],
@@ -124,23 +162,18 @@ impl Op for Sort {
                 halves[pass % 2]
             };
             let launch = |entry| {
-                Launch::new(shader!("sort"), entry)
+                self.launch(entry, count, block, pass * width, blocks)
                     .constant("FIRST_PASS", pass == 0)
                     .constant("ONLY_PASS", passes == 1)
-                    .param(count)
-                    .param(self.limit)
-                    .param(buckets)
-                    .param(pass * BUCKETS.ilog2() as usize)
-                    .param(block)
-                    .param(blocks)
             };
-            let cells = (buckets * blocks).div_ceil(WORKGROUP);
-            let gather = |launch: Launch| launch.read(1, Slot::Input(0)).read(2, from);
-            launches.launches.push(
-                gather(launch("count"))
-                    .write(3, counts)
-                    .folded(cells, capabilities)?,
-            );
+            let gather = |launch: Launch| {
+                launch
+                    .constant("CELLS", block.cells() as f64)
+                    .read(1, Slot::Input(0))
+                    .read(2, from)
+            };
+            let count = gather(launch("count")).write(3, counts);
+            launches.launches.push(count.folded(blocks, capabilities)?);
             let scan = launch("scan")
                 .constant("SCAN_WORKGROUP", SCAN_WORKGROUP as f64)
                 .write(3, counts);
@@ -149,21 +182,20 @@ impl Op for Sort {
                 .write(3, counts)
                 .write(4, to)
                 .write(5, Slot::Output(1));
-            launches.launches.push(scatter.folded(cells, capabilities)?);
+            launches
+                .launches
+                .push(scatter.folded(blocks, capabilities)?);
         }
         if passes > 1 {
-            let launch = Launch::new(shader!("sort"), "boundaries")
+            let boundaries = self
+                .launch("boundaries", count, block, 0, blocks)
                 .read(1, Slot::Input(0))
                 .read(2, Slot::Output(0))
-                .write(5, Slot::Output(1))
-                .param(count)
-                .param(self.limit)
-                .param(buckets)
-                .param(0_usize)
-                .param(block)
-                .param(blocks)
-                .folded((self.limit + 1).div_ceil(WORKGROUP), capabilities)?;
-            launches.launches.push(launch);
+                .write(5, Slot::Output(1));
+            let groups = (self.limit + 1).div_ceil(WORKGROUP);
+            launches
+                .launches
+                .push(boundaries.folded(groups, capabilities)?);
         }
         Ok(launches)
     }

@@ -26,6 +26,7 @@ mod popularity;
 mod random;
 mod recomputation;
 mod rotation_facts;
+mod route_and_sort;
 mod routing_facts;
 mod shaders;
 mod storage;
@@ -62,6 +63,7 @@ fn main() {
         moe_facts::trials(),
         moe_shapes::trials(),
         rotation_facts::trials(),
+        route_and_sort::trials(),
         routing_facts::trials(),
         shaders::trials(),
         storage::trials(),

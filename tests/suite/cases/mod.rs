@@ -8,6 +8,7 @@ mod model_parts;
 mod noise;
 mod products;
 mod rotation;
+mod routing;
 mod tiles;
 
 use crate::case::Case;
@@ -23,6 +24,7 @@ pub fn all() -> Vec<Case> {
         model_parts::cases(),
         noise::cases(),
         rotation::cases(),
+        routing::cases(),
         tiles::cases(),
     ]
     .into_iter()

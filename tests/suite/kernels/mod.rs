@@ -78,7 +78,7 @@ impl Kernel {
 
     /// The constants that set the size of workgroups and their tiles.
     pub fn tile(&self) -> String {
-        let sizes = ["LANES", "WORKGROUP", "SCAN_WORKGROUP"];
+        let sizes = ["LANES", "WORKGROUP", "SCAN_WORKGROUP", "CELLS"];
         let constants = self.launch.constants.iter();
         let sizes: Vec<String> = constants
             .filter(|(name, _)| sizes.iter().any(|size| name.starts_with(size)))

@@ -115,6 +115,32 @@ impl Sweep {
         }
     }
 
+    /// Routing and sorting, which one workgroup does up to some sizes; its memory grows with the experts and the pairs.
+    fn routes(&mut self) {
+        for tokens in powers(1, 8192) {
+            for experts in powers(1, 128) {
+                let logits = TensorType::f32([tokens, experts]);
+                let top_k = experts.min(8);
+                self.add(from_ref(&logits), |graph, v| {
+                    let routed = graph.route(v[0], top_k, true)?;
+                    graph.output(routed.segments.order())?;
+                    Ok(routed.gates)
+                });
+            }
+        }
+        for count in powers(1, 1 << 20) {
+            for limit in powers(1, 1 << 16) {
+                let inputs = [TensorType::i32([count]), TensorType::f32([1])];
+                self.add(&inputs, |graph, v| {
+                    let sorted = graph.sort_by_key(v[0], limit)?;
+                    graph.output(sorted.order)?;
+                    graph.output(sorted.offsets)?;
+                    graph.square(v[1])
+                });
+            }
+        }
+    }
+
     /// Products by segments; their gradients are the others' products, and the outer products.
     fn grouped_products(&mut self) {
         const EXPERTS: usize = 4;
@@ -215,6 +241,7 @@ pub fn graphs(precision: Precision) -> Vec<Graph> {
     };
     sweep.matrix_products();
     sweep.rows();
+    sweep.routes();
     sweep.grouped_products();
     sweep.rotations();
     sweep.cores();
