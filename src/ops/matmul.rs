@@ -6,7 +6,8 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host_gemm::{Matrix, gemm};
 use crate::ops::{
-    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, expect_f32, shader,
+    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, expect_f32,
+    shader,
 };
 use crate::tensor::{DType, TensorType};
 
@@ -182,6 +183,11 @@ impl MatMulOp {
 impl Op for MatMulOp {
     fn name(&self) -> &'static str {
         "matmul"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let Sizes { batch, m, n, k, .. } = self.sizes(&io.inputs[0], &io.inputs[1])?;
+        Ok(Work::moving(io).with_flops(2 * batch * m * n * k))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

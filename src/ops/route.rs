@@ -9,7 +9,8 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::silu::sigmoids;
 use crate::ops::{
-    HostIo, LaunchTypes, Op, Real, Segments, dims_f32, expect_count, expect_f32, expect_i32, shader,
+    HostIo, LaunchTypes, Op, Real, Segments, Work, dims_f32, expect_count, expect_f32, expect_i32,
+    shader,
 };
 use crate::tensor::TensorType;
 
@@ -67,6 +68,15 @@ impl Route {
             renormalize: true,
             score: Score::Softmax,
             scale: 1.0,
+        }
+    }
+
+    /// How many of a token's logits become scores: all, or only the chosen where the softmax is over those.
+    fn scored(self, experts: usize) -> usize {
+        if self.renormalize && self.score == Score::Softmax {
+            self.top_k
+        } else {
+            experts
         }
     }
 }
@@ -238,6 +248,11 @@ impl Op for RouteForward {
         "route"
     }
 
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let [tokens, experts] = dims_f32(self.name(), "the logits", &io.inputs[0])?;
+        Ok(Work::moving(io).with_flops(4 * tokens * self.route.scored(experts)))
+    }
+
     fn keeps_f32(&self, _output: usize) -> bool {
         true
     }
@@ -369,6 +384,11 @@ impl RouteBackward {
 impl Op for RouteBackward {
     fn name(&self) -> &'static str {
         "route_backward"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let [tokens, experts] = dims_f32(self.name(), "the logits", &io.inputs[0])?;
+        Ok(Work::moving(io).with_flops(4 * tokens * self.0.scored(experts)))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

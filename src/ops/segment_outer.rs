@@ -8,7 +8,9 @@ use crate::error::Result;
 use crate::host_reference;
 use crate::ops::host_gemm::{Matrix, gemm};
 use crate::ops::segments::{RowOf, expect_segments, gather, host_segments, row_share};
-use crate::ops::{HostIo, LaunchTypes, Op, Real, dims_f32, expect_count, expect_dtype, shader};
+use crate::ops::{
+    HostIo, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_dtype, shader,
+};
 use crate::tensor::{DType, TensorType};
 
 /// Rows and columns that one invocation computes, as in `shaders/segment_outer.wgsl`.
@@ -132,6 +134,20 @@ impl SegmentOuter {
 impl Op for SegmentOuter {
     fn name(&self) -> &'static str {
         "segment_outer"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let Sizes {
+            left,
+            right,
+            right_rows,
+            ..
+        } = self.sizes(io.inputs)?;
+        let pairs = io.inputs[2].elements();
+        let gate = usize::from(self.gated) * left.min(right);
+        Ok(Work::moving(io)
+            .reading(1, right_rows.min(pairs) * right)
+            .with_flops(pairs * (2 * left * right + gate)))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
