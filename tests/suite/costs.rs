@@ -9,6 +9,7 @@ use rankmix::ops::{Activation, Layout, MatMul, Projection, Rotation, Routed};
 use rankmix::{Device, DeviceOptions, Graph, Init, Precision, Result, TensorType, Value};
 
 type Build = fn(&mut Graph) -> Result<Value>;
+type Check = fn() -> Result<(), Failed>;
 
 fn f(graph: &mut Graph, name: &str, dims: &[usize]) -> Result<Value> {
     graph.input(name, TensorType::f32(dims))
@@ -277,7 +278,7 @@ pub fn trials() -> Vec<Trial> {
             })
         })
         .collect();
-    let whole: [(&str, fn() -> Result<(), Failed>); 4] = [
+    let whole: [(&str, Check); 4] = [
         ("a_layer_costs_its_operations", a_layer_costs_its_operations),
         (
             "halves_are_half_as_many_bytes",

@@ -230,6 +230,7 @@ fn print(report: &Report) {
                 "by the wall clock, many runs in a submission, less launches and submission",
         }
     );
+    println!("  more than 100 %: operands that stay in caches, which the copy is too large for");
     println!();
     println!(
         "{:28} {:34} {:>8} {:>9} {:>9} {:>10} {:>9} {:>8} {:>6}  bound by",
