@@ -179,6 +179,15 @@ impl GpuExecutor {
         self.recording.profile(&self.gpu, poll).await
     }
 
+    /// Runs so many times in one submission.
+    pub(crate) fn run_repeatedly(&self, times: usize) -> Result<()> {
+        let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
+        for _ in 0..times {
+            self.encode(&mut encoder);
+        }
+        self.gpu.submit("repeated runs", encoder)
+    }
+
     /// Runs once and reads the values named, all in one submission. With `poll` the calling thread waits for the device.
     pub(crate) async fn run(
         &mut self,

@@ -2,6 +2,7 @@
 
 mod backward;
 mod compiled;
+mod cost;
 mod gpu_executor;
 mod halves;
 mod host_executor;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 pub use backward::{Backward, Gradients};
+pub use cost::{Cost, OperationCost};
 pub use plan::MemoryReport;
 pub use precision::{Precision, Storage};
 pub use session::{Session, SessionOptions};

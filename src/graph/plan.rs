@@ -320,7 +320,7 @@ fn plan_as_built(graph: &Graph, target: Target<'_>, storages: Vec<Storage>) -> R
 }
 
 /// The nodes that an output or a parameter update depends on, in order.
-fn live_nodes(graph: &Graph) -> Vec<usize> {
+pub(crate) fn live_nodes(graph: &Graph) -> Vec<usize> {
     let mut needed = vec![false; graph.values.len()];
     for value in &graph.outputs {
         needed[value.index as usize] = true;

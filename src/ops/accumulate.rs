@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::{
-    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, expect_count, expect_f32, shader,
+    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_f32, shader,
 };
 use crate::tensor::TensorType;
 
@@ -73,6 +73,11 @@ impl Accumulate {
 impl Op for Accumulate {
     fn name(&self) -> &'static str {
         "accumulate"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let each = 1 + usize::from(self.scale != 1.0);
+        Ok(Work::moving(io).with_flops(io.outputs[0].elements() * each))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -7,7 +7,9 @@ use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::silu::sigmoids;
-use crate::ops::{HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, expect_f32, shader};
+use crate::ops::{
+    HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, expect_f32, shader,
+};
 use crate::tensor::{DType, TensorType};
 
 const WORKGROUP: usize = 64;
@@ -39,6 +41,15 @@ impl Activation {
             Self::Silu => 0.0,
             Self::Gelu => 1.0,
             Self::GeluTanh => 2.0,
+        }
+    }
+
+    /// FLOP of a value and of a derivative.
+    pub(crate) fn flops(self) -> [usize; 2] {
+        match self {
+            Self::Silu => [4, 8],
+            Self::Gelu => [4, 9],
+            Self::GeluTanh => [10, 17],
         }
     }
 
@@ -143,6 +154,12 @@ impl Op for Activate {
         "activate"
     }
 
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let elements = io.outputs[0].elements();
+        let [value, _] = self.activation.flops();
+        Ok(Work::moving(io).with_flops(elements * (value + usize::from(self.gated))))
+    }
+
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 1 + usize::from(self.gated))?;
         expect_dtype(self.name(), "the gate", &inputs[0], DType::F32)?;
@@ -206,6 +223,13 @@ impl ActivateBackward {
 impl Op for ActivateBackward {
     fn name(&self) -> &'static str {
         "activate_backward"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let elements = io.outputs[0].elements();
+        let [_, derivative] = self.activation.flops();
+        let gated = 3 * usize::from(self.gated);
+        Ok(Work::moving(io).with_flops(elements * (derivative + 1 + gated)))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::graph::{Graph, Value};
 use crate::host_reference;
 use crate::ops::{
-    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, expect_count, expect_f32, shader,
+    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_f32, shader,
 };
 use crate::tensor::TensorType;
 
@@ -103,6 +103,12 @@ impl AdamWStep {
 impl Op for AdamWStep {
     fn name(&self) -> &'static str {
         "adamw"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        // Three for the first moment, four for the second, seven for the parameter, one to clip.
+        let each = 14 + usize::from(self.clipped);
+        Ok(Work::moving(io).with_flops(io.outputs[0].elements() * each))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::graph::{Graph, Value};
 use crate::host_reference;
 use crate::ops::{
-    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, expect_count, expect_f32, shader,
+    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_f32, shader,
 };
 use crate::tensor::TensorType;
 
@@ -36,6 +36,10 @@ impl Assign {
 impl Op for Assign {
     fn name(&self) -> &'static str {
         "assign"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        Ok(Work::moving(io).reading(0, 0))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -9,8 +9,8 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
 use crate::ops::{
-    HostIo, IndexRange, LaunchTypes, Op, Real, TOTAL_WORKGROUP, dims_f32, expect_count, expect_f32,
-    row_workgroup, shader,
+    HostIo, IndexRange, LaunchTypes, Op, Real, TOTAL_WORKGROUP, Work, dims_f32, expect_count,
+    expect_f32, row_workgroup, shader,
 };
 use crate::tensor::{DType, TensorType};
 
@@ -147,6 +147,11 @@ impl Op for Balance {
         "balance_loss"
     }
 
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        // A softmax and its product with the load.
+        Ok(Work::moving(io).with_flops(5 * io.inputs[0].elements()))
+    }
+
     fn keeps_f32(&self, _output: usize) -> bool {
         true
     }
@@ -247,6 +252,11 @@ impl BalanceBackward {
 impl Op for BalanceBackward {
     fn name(&self) -> &'static str {
         "balance_loss_backward"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        // A softmax, its product with the load, a difference, a product.
+        Ok(Work::moving(io).with_flops(8 * io.outputs[0].elements()))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -4,7 +4,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
-use crate::ops::{HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, shader};
+use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, shader};
 use crate::tensor::{DType, Shape, TensorType};
 
 const WORKGROUP: usize = 64;
@@ -154,6 +154,10 @@ impl Op for Binary {
             Function::Mul => "mul",
             Function::Div => "div",
         }
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        Ok(Work::moving(io).with_flops(io.outputs[0].elements()))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::graph::{Graph, Value};
 use crate::host_reference;
 use crate::ops::{
-    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, shader,
+    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, shader,
 };
 use crate::tensor::{DType, TensorType};
 
@@ -35,6 +35,10 @@ impl Clear {
 impl Op for Clear {
     fn name(&self) -> &'static str {
         "clear"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        Ok(Work::moving(io).reading(0, 0))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

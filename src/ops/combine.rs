@@ -8,8 +8,8 @@ use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::{
-    ActiveGroups, HostIo, LaunchTypes, Op, Real, dims_f32, expect_count, expect_f32, expect_i32,
-    row_workgroup, shader,
+    ActiveGroups, HostIo, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_f32,
+    expect_i32, row_workgroup, shader,
 };
 use crate::tensor::TensorType;
 
@@ -158,6 +158,10 @@ impl Op for Combine {
         "combine"
     }
 
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        Ok(Work::moving(io).with_flops(2 * io.inputs[0].elements()))
+    }
+
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 3)?;
         let sizes = CombineSizes::read(self.name(), self.rows_per_token, inputs)?;
@@ -222,6 +226,10 @@ impl CombineBackward {
 impl Op for CombineBackward {
     fn name(&self) -> &'static str {
         "combine_backward"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        Ok(Work::moving(io).with_flops(3 * io.inputs[0].elements()))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -7,7 +7,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::host_reference;
 use crate::ops::host_gemm::{Matrix, gemm};
-use crate::ops::{HostIo, LaunchTypes, Op, Real, dims_f32, expect_count, expect_f32, shader};
+use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_f32, shader};
 use crate::tensor::TensorType;
 
 const WORKGROUP: usize = 64;
@@ -55,6 +55,11 @@ impl CoreGradient {
 impl Op for CoreGradient {
     fn name(&self) -> &'static str {
         "core_gradient"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let [tokens, experts, rank] = self.sizes(io.inputs)?;
+        Ok(Work::moving(io).with_flops(tokens * experts * (2 * rank * rank + rank)))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

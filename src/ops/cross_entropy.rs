@@ -8,8 +8,8 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
 use crate::ops::{
-    HostIo, IndexRange, LaunchTypes, Op, Real, TOTAL_WORKGROUP, dims_f32, expect_count, expect_f32,
-    expect_i32, row_workgroup, shader,
+    HostIo, IndexRange, LaunchTypes, Op, Real, TOTAL_WORKGROUP, Work, dims_f32, expect_count,
+    expect_f32, expect_i32, row_workgroup, shader,
 };
 use crate::tensor::TensorType;
 
@@ -87,6 +87,12 @@ impl CrossEntropy {
 impl Op for CrossEntropy {
     fn name(&self) -> &'static str {
         "cross_entropy"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        // The difference to the maximum, exp, its sum; each row's logarithm and loss.
+        let [rows, classes] = dims_f32(self.name(), "the logits", &io.inputs[0])?;
+        Ok(Work::moving(io).with_flops(rows * (3 * classes + 4)))
     }
 
     fn keeps_f32(&self, _output: usize) -> bool {
@@ -182,6 +188,11 @@ impl CrossEntropyBackward {
 impl Op for CrossEntropyBackward {
     fn name(&self) -> &'static str {
         "cross_entropy_backward"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        // The difference to the log-sum-exp, exp, the factor.
+        Ok(Work::moving(io).with_flops(3 * io.outputs[0].elements()))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

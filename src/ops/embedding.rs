@@ -5,8 +5,8 @@ use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::{
-    HostIo, IndexRange, LaunchTypes, Op, Real, dims_f32, expect_count, expect_dtype, expect_i32,
-    shader,
+    HostIo, IndexRange, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_dtype,
+    expect_i32, shader,
 };
 use crate::tensor::{DType, TensorType};
 
@@ -44,6 +44,12 @@ impl Embedding {
 impl Op for Embedding {
     fn name(&self) -> &'static str {
         "embedding"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let [rows, width] = dims_f32(self.name(), "the table", &io.inputs[0])?;
+        let read = rows.min(io.inputs[1].elements());
+        Ok(Work::moving(io).reading(0, read * width))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
@@ -114,6 +120,10 @@ impl EmbeddingGradient {
 impl Op for EmbeddingGradient {
     fn name(&self) -> &'static str {
         "embedding_gradient"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        Ok(Work::moving(io).with_flops(io.inputs[0].elements()))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -17,8 +17,8 @@ use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::{RowOf, expect_segments, gather, host_segments, products, weight_sizes};
 use crate::ops::shrink::{self, Shrink};
 use crate::ops::{
-    Alias, AliasKind, HostIo, LaunchTypes, Layout, Op, Real, Segments, dims_f32, expect_count,
-    expect_f32, expect_i32, shader,
+    Alias, AliasKind, HostIo, LaunchTypes, Layout, Op, Real, Segments, Work, dims_f32,
+    expect_count, expect_f32, expect_i32, shader,
 };
 use crate::tensor::TensorType;
 
@@ -232,6 +232,24 @@ impl Expand {
 impl Op for Expand {
     fn name(&self) -> &'static str {
         "expand"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let Sizes {
+            tokens,
+            slots,
+            experts,
+            out,
+            input,
+        } = self.sizes(io.inputs)?;
+        let pairs = tokens * slots;
+        let gate = usize::from(self.gated) * out.min(input);
+        // The experts say everything that order and offsets do.
+        Ok(Work::moving(io)
+            .reading(1, experts.min(pairs) * out * input)
+            .reading(3, 0)
+            .reading(4, 0)
+            .with_flops(pairs * (2 * out * input + gate)))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -12,7 +12,8 @@ use crate::ops::matmul_kernels::subgroup_tiles;
 use crate::ops::segments::{RowOf, expect_segments, gather, host_segments, products, weight_sizes};
 use crate::ops::shrink::{self, Shrink};
 use crate::ops::{
-    Alias, AliasKind, HostIo, LaunchTypes, Layout, Op, Real, expect_count, expect_f32, expect_i32,
+    Alias, AliasKind, HostIo, LaunchTypes, Layout, Op, Real, Work, expect_count, expect_f32,
+    expect_i32,
 };
 use crate::tensor::TensorType;
 
@@ -131,6 +132,24 @@ impl ExpandPair {
 impl Op for ExpandPair {
     fn name(&self) -> &'static str {
         "expand_pair"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let Sizes {
+            tokens,
+            slots,
+            experts,
+            out,
+            inputs: [first, second],
+        } = self.sizes(io.inputs)?;
+        let pairs = tokens * slots;
+        let used = experts.min(pairs) * out;
+        // The order says which expert a pair has.
+        Ok(Work::moving(io)
+            .reading(1, used * first)
+            .reading(3, used * second)
+            .reading(4, 0)
+            .with_flops(2 * pairs * out * (first + second)))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -3,7 +3,7 @@
 use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::host_reference;
-use crate::ops::{HostIo, LaunchTypes, Op, Real, dims_f32, expect_count, expect_f32, shader};
+use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_f32, shader};
 use crate::tensor::TensorType;
 
 const WORKGROUP: usize = 64;
@@ -39,6 +39,11 @@ impl GateGradient {
 impl Op for GateGradient {
     fn name(&self) -> &'static str {
         "gate_gradient"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let [pairs, rank] = dims_f32(self.name(), "v", &io.inputs[0])?;
+        Ok(Work::moving(io).with_flops(pairs * (3 * rank + 2)))
     }
 
     fn keeps_f32(&self, output: usize) -> bool {

@@ -13,7 +13,7 @@ use crate::ops::segments::{
     RowOf, expect_segments, gather, host_segments, lanes, products, row_share, weight_sizes,
 };
 use crate::ops::{
-    Activation, ActiveGroups, HostIo, LaunchTypes, Layout, Op, Real, Segments, dims_f32,
+    Activation, ActiveGroups, HostIo, LaunchTypes, Layout, Op, Real, Segments, Work, dims_f32,
     expect_count, expect_dtype, expect_f32, shader,
 };
 use crate::tensor::{DType, TensorType};
@@ -231,6 +231,30 @@ impl GatedExperts {
 impl Op for GatedExperts {
     fn name(&self) -> &'static str {
         "gated_experts"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let Sizes {
+            pairs,
+            rows,
+            experts,
+            out,
+            input,
+            ..
+        } = self.sizes(io.inputs)?;
+        let products = 1 + usize::from(self.gated);
+        let [activation, _] = self.activation.flops();
+        let mut work = Work::moving(io);
+        for product in 0..products {
+            work = work
+                .reading(2 * product, rows.min(pairs) * input)
+                .reading(2 * product + 1, experts.min(pairs) * out * input);
+        }
+        // The order says which expert a pair has.
+        let each = products * 2 * input + activation + usize::from(self.gated);
+        Ok(work
+            .reading(self.experts(), 0)
+            .with_flops(pairs * out * each))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -4,7 +4,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Value};
 use crate::host_reference;
-use crate::ops::{HostIo, LaunchTypes, Op, Real, TOTAL_WORKGROUP, expect_dtype, shader};
+use crate::ops::{HostIo, LaunchTypes, Op, Real, TOTAL_WORKGROUP, Work, expect_dtype, shader};
 use crate::tensor::{DType, TensorType};
 
 /// Elements whose squares one workgroup adds up.
@@ -57,6 +57,11 @@ impl GradientNorm {
 impl Op for GradientNorm {
     fn name(&self) -> &'static str {
         "gradient_norm"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let elements: usize = io.inputs.iter().map(TensorType::elements).sum();
+        Ok(Work::moving(io).with_flops(2 * elements))
     }
 
     fn keeps_f32(&self, _output: usize) -> bool {

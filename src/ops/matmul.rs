@@ -7,7 +7,7 @@ use crate::host_reference;
 use crate::ops::host_gemm::{Matrix, gemm};
 use crate::ops::matmul_kernels::{self, Launched};
 use crate::ops::{
-    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, expect_f32,
+    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, expect_f32,
 };
 use crate::tensor::{DType, TensorType};
 
@@ -342,6 +342,13 @@ impl MatMulOp {
 impl Op for MatMulOp {
     fn name(&self) -> &'static str {
         "matmul"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let product = self.product(io.inputs)?;
+        let flops = |sizes: &Sizes| 2 * sizes.batch * sizes.m * sizes.n * sizes.k;
+        let second = product.second.map_or(0, |(_, sizes)| flops(&sizes));
+        Ok(Work::moving(io).with_flops(flops(&product.first.1) + second))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

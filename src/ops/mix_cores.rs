@@ -10,7 +10,7 @@ use crate::ops::core_gradient::CoreGradient;
 use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::expect_segments;
 use crate::ops::{
-    HostIo, LaunchTypes, Op, Real, Routed, Segments, dims_f32, expect_count, expect_f32,
+    HostIo, LaunchTypes, Op, Real, Routed, Segments, Work, dims_f32, expect_count, expect_f32,
     expect_i32, shader,
 };
 use crate::tensor::TensorType;
@@ -252,6 +252,21 @@ impl Op for MixCores {
         "mix_cores"
     }
 
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let Sizes {
+            tokens,
+            slots,
+            experts,
+            rank,
+        } = sizes(self.name(), io.inputs, io.inputs.get(3))?;
+        // The experts say everything that order and offsets do.
+        Ok(Work::moving(io)
+            .reading(1, experts.min(tokens * slots) * rank * rank)
+            .reading(4, 0)
+            .reading(5, 0)
+            .with_flops(tokens * slots * (2 * rank * rank + rank)))
+    }
+
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, if self.routed { 6 } else { 3 })?;
         let Sizes {
@@ -362,6 +377,19 @@ impl MixCoresBackward {
 impl Op for MixCoresBackward {
     fn name(&self) -> &'static str {
         "mix_cores_backward"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let Sizes {
+            tokens,
+            slots,
+            experts,
+            rank,
+        } = sizes(self.name(), io.inputs, io.inputs.get(4))?;
+        // M du, its multiple added to dz, its product with z.
+        Ok(Work::moving(io)
+            .reading(1, experts.min(tokens * slots) * rank * rank)
+            .with_flops(tokens * slots * (2 * rank * rank + 4 * rank)))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -26,6 +26,7 @@ mod matmul;
 mod matmul_kernels;
 mod mix_cores;
 mod noise;
+mod peak;
 mod reshape;
 mod rms_norm;
 mod rotate_cayley;
@@ -49,6 +50,7 @@ mod sort_block;
 mod sum;
 mod threefry;
 mod unary;
+mod work;
 mod z_loss;
 
 use std::fmt;
@@ -68,12 +70,14 @@ pub(crate) use loss_scale::STATE_LENGTH;
 pub use matmul::{MatMul, Product};
 pub use mix_cores::CoreMix;
 pub(crate) use noise::check_dropout;
+pub use peak::MultiplyAdds;
 pub use rotation::Rotation;
 pub use route::{Route, Routed, Score};
 pub use router_metrics::RouterMetrics;
 pub use segments::{Layout, Segments};
 pub use sort::Sorted;
 pub use threefry::threefry;
+pub use work::Work;
 
 use crate::device::{Capabilities, Launches};
 use crate::error::{Error, Result};
@@ -137,6 +141,15 @@ pub struct IndexRange {
 pub trait Op: fmt::Debug + Send + Sync + 'static {
     /// The name in messages and tables.
     fn name(&self) -> &'static str;
+
+    /// The least that it has to compute and to move, for operands that [`Op::outputs`] accepts. As long as an operation does not say
+    /// more: every operand read once and every result written once, views not at all.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the operands do not fit the operation.
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        Ok(Work::moving_in(self, io))
+    }
 
     /// Shape and type rule; the only place that checks the operands.
     ///

@@ -8,7 +8,9 @@ use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::threefry::threefry;
-use crate::ops::{HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, expect_i32, shader};
+use crate::ops::{
+    HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, expect_i32, shader,
+};
 use crate::tensor::{DType, TensorType};
 
 const WORKGROUP: usize = 64;
@@ -147,6 +149,10 @@ impl Op for Noise {
             Kind::Dropout { .. } => "dropout",
             Kind::Jitter { .. } => "jitter",
         }
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        Ok(Work::moving(io).with_flops(io.outputs[0].elements()))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::{
-    HostIo, LaunchTypes, Op, Real, dims_f32, expect_count, expect_f32, row_workgroup, shader,
+    HostIo, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_f32, row_workgroup, shader,
 };
 use crate::tensor::TensorType;
 
@@ -91,6 +91,12 @@ impl Op for RmsNorm {
         "rms_norm"
     }
 
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        // The sum of squares, two products; each row's mean, epsilon, root and inverse.
+        let [rows, n] = dims_f32(self.name(), "x", &io.inputs[0])?;
+        Ok(Work::moving(io).with_flops(rows * (4 * n + 4)))
+    }
+
     fn keeps_f32(&self, output: usize) -> bool {
         output == 1
     }
@@ -166,6 +172,12 @@ impl Op for InputGradient {
         "rms_norm_input_gradient"
     }
 
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        // dy w, its sum with x, the difference to a multiple of x, the product; each row's factors.
+        let [rows, n] = dims_f32(self.name(), "x", &io.inputs[0])?;
+        Ok(Work::moving(io).with_flops(rows * (6 * n + 3)))
+    }
+
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 4)?;
         let [rows, n] = dims_f32(self.name(), "x", &inputs[0])?;
@@ -209,6 +221,11 @@ impl WeightGradient {
 impl Op for WeightGradient {
     fn name(&self) -> &'static str {
         "rms_norm_weight_gradient"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        // dy x times the inverse, and its sum.
+        Ok(Work::moving(io).with_flops(3 * io.inputs[0].elements()))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -14,7 +14,9 @@ use crate::ops::segments::{
     RowOf, expect_segments, gather, host_segments, lanes, products, row_share, weight_sizes,
 };
 use crate::ops::shrink::{self, Shrink};
-use crate::ops::{HostIo, LaunchTypes, Layout, Op, Real, Segments, dims_f32, expect_count, shader};
+use crate::ops::{
+    HostIo, LaunchTypes, Layout, Op, Real, Segments, Work, dims_f32, expect_count, shader,
+};
 use crate::tensor::{Tensor, TensorType};
 
 /// Pairs and coordinates that one invocation computes, as in `shaders/rotated_shrink.wgsl`.
@@ -134,6 +136,24 @@ impl RotatedShrink {
 impl Op for RotatedShrink {
     fn name(&self) -> &'static str {
         "rotated_shrink"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let shrink::Sizes {
+            pairs,
+            experts,
+            out: rank,
+            input,
+            ..
+        } = self.sizes(io.inputs)?;
+        let used = experts.min(pairs) * rank * input;
+        // A plane: sine, cosine, four products and two sums. The order says which expert a pair has.
+        let planes = 8 * pairs * rank / 2;
+        Ok(Work::moving(io)
+            .reading(1, used)
+            .reading(2, used / 2)
+            .reading(3, 0)
+            .with_flops(3 * pairs * rank * input + planes))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -16,7 +16,7 @@ use crate::ops::rotate_givens::Givens;
 use crate::ops::rotate_householder::Householder;
 use crate::ops::rotate_planes::Planes;
 use crate::ops::rotate_stages::Stages;
-use crate::ops::{HostIo, LaunchTypes, Op, Real, dims_f32, expect_count, expect_f32};
+use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_f32};
 use crate::tensor::TensorType;
 
 /// How numbers become an orthogonal matrix R(p), r x r. p = 0 is the identity, bit for bit; lengths are kept. In files and on command
@@ -118,6 +118,30 @@ impl Rotation {
             });
         }
         Ok(numbers)
+    }
+
+    /// FLOP that rotate a row in `rank` dimensions, and that make both gradients of it.
+    ///
+    /// A turn in a plane: sine, cosine, four products, two sums. Its gradient: the same of dy, and the angle's two products and difference;
+    /// in a chain y is turned back too. Cayley: an elimination and its two substitutions, once each way; backward, the outer difference as
+    /// well. Householder: three products along the rank for each factor, four for each reflection, seven for each direction's gradient.
+    fn flops(self, rank: usize) -> Result<[usize; 2]> {
+        let numbers = self.numbers(rank)?;
+        Ok(match self {
+            Self::Planes => [8 * numbers, 11 * numbers],
+            Self::Givens | Self::Butterfly | Self::BrickWall { .. } => [8 * numbers, 17 * numbers],
+            Self::Cayley => {
+                // Column k of the elimination: a division and a multiply-add for each element below and right of it, and of z.
+                let solve: usize = (0..rank)
+                    .map(|left| left * (3 + 2 * left) + 2 * left + 1)
+                    .sum();
+                [solve + 2 * rank, solve + 4 * rank + 4 * numbers]
+            }
+            Self::Householder => [
+                2 * rank + 4 * rank + 8 * rank,
+                2 * rank + 4 * rank + 12 * rank + 14 * rank + rank,
+            ],
+        })
     }
 }
 
@@ -279,6 +303,12 @@ impl<K: Kind> Op for Rotate<K> {
         self.0.names()[0]
     }
 
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let [rows, rank] = sizes(self.0, self.name(), io.inputs)?;
+        let [forward, _] = self.0.rotation().flops(rank)?;
+        Ok(Work::moving(io).with_flops(rows * forward))
+    }
+
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 2)?;
         sizes(self.0, self.name(), inputs)?;
@@ -343,6 +373,12 @@ impl<K: Kind> RotateBackward<K> {
 impl<K: Kind> Op for RotateBackward<K> {
     fn name(&self) -> &'static str {
         self.0.names()[1]
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let [rows, rank] = sizes(self.0, self.name(), io.inputs)?;
+        let [_, backward] = self.0.rotation().flops(rank)?;
+        Ok(Work::moving(io).with_flops(rows * backward))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -10,7 +10,8 @@ use crate::host_reference;
 use crate::ops::route_and_sort::RouteAndSort;
 use crate::ops::silu::sigmoids;
 use crate::ops::{
-    HostIo, LaunchTypes, Op, Real, Segments, dims_f32, expect_count, expect_f32, expect_i32, shader,
+    HostIo, LaunchTypes, Op, Real, Segments, Work, dims_f32, expect_count, expect_f32, expect_i32,
+    shader,
 };
 use crate::tensor::TensorType;
 
@@ -68,6 +69,15 @@ impl Route {
             renormalize: true,
             score: Score::Softmax,
             scale: 1.0,
+        }
+    }
+
+    /// How many of a token's logits become scores: all, or only the chosen where the softmax is over those.
+    fn scored(self, experts: usize) -> usize {
+        if self.renormalize && self.score == Score::Softmax {
+            self.top_k
+        } else {
+            experts
         }
     }
 }
@@ -269,6 +279,11 @@ impl Op for RouteForward {
         "route"
     }
 
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let [tokens, experts] = dims_f32(self.name(), "the logits", &io.inputs[0])?;
+        Ok(Work::moving(io).with_flops(4 * tokens * self.route.scored(experts)))
+    }
+
     fn keeps_f32(&self, _output: usize) -> bool {
         true
     }
@@ -400,6 +415,11 @@ impl RouteBackward {
 impl Op for RouteBackward {
     fn name(&self) -> &'static str {
         "route_backward"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let [tokens, experts] = dims_f32(self.name(), "the logits", &io.inputs[0])?;
+        Ok(Work::moving(io).with_flops(4 * tokens * self.0.scored(experts)))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

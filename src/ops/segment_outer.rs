@@ -9,7 +9,9 @@ use crate::host_reference;
 use crate::ops::host_gemm::{Matrix, gemm};
 use crate::ops::matmul_kernels::{SUBGROUP_TILE, subgroup_tiles};
 use crate::ops::segments::{RowOf, expect_segments, gather, host_segments, row_share};
-use crate::ops::{HostIo, LaunchTypes, Op, Real, dims_f32, expect_count, expect_dtype, shader};
+use crate::ops::{
+    HostIo, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_dtype, shader,
+};
 use crate::tensor::{DType, TensorType};
 
 /// Rows and columns that one invocation computes, as in `shaders/segment_outer.wgsl`.
@@ -151,6 +153,20 @@ fn outer_products<R: Real>(
 impl Op for SegmentOuter {
     fn name(&self) -> &'static str {
         "segment_outer"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let Sizes {
+            left,
+            right,
+            right_rows,
+            ..
+        } = self.sizes(io.inputs)?;
+        let pairs = io.inputs[2].elements();
+        let gate = usize::from(self.gated) * left.min(right);
+        Ok(Work::moving(io)
+            .reading(1, right_rows.min(pairs) * right)
+            .with_flops(pairs * (2 * left * right + gate)))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
@@ -310,6 +326,14 @@ impl SegmentOuterPair {
 impl Op for SegmentOuterPair {
     fn name(&self) -> &'static str {
         "segment_outer_pair"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let [first, second] = self.sizes(io.inputs)?;
+        let pairs = io.inputs[3].elements();
+        Ok(Work::moving(io)
+            .reading(2, first.right_rows.min(pairs) * first.right)
+            .with_flops(2 * pairs * (first.left + second.left) * first.right))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

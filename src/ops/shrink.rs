@@ -10,7 +10,9 @@ use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::{
     RowOf, expect_segments, gather, host_segments, lanes, products, row_share, weight_sizes,
 };
-use crate::ops::{HostIo, LaunchTypes, Layout, Op, Real, Segments, dims_f32, expect_count, shader};
+use crate::ops::{
+    HostIo, LaunchTypes, Layout, Op, Real, Segments, Work, dims_f32, expect_count, shader,
+};
 use crate::tensor::TensorType;
 
 /// Pairs and outputs that one invocation computes, as in `shaders/shrink.wgsl`.
@@ -132,6 +134,21 @@ impl Shrink {
 impl Op for Shrink {
     fn name(&self) -> &'static str {
         "shrink"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let Sizes {
+            pairs,
+            experts,
+            out,
+            input,
+            ..
+        } = self.sizes(io.inputs)?;
+        // The order says which expert a pair has.
+        Ok(Work::moving(io)
+            .reading(1, experts.min(pairs) * out * input)
+            .reading(2, 0)
+            .with_flops(2 * pairs * out * input))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

@@ -4,7 +4,9 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
-use crate::ops::{HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, expect_f32, shader};
+use crate::ops::{
+    Activation, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, expect_f32, shader,
+};
 use crate::tensor::{DType, TensorType};
 
 const WORKGROUP: usize = 64;
@@ -53,6 +55,11 @@ impl Op for Silu {
         "silu"
     }
 
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let [value, _] = Activation::Silu.flops();
+        Ok(Work::moving(io).with_flops(io.outputs[0].elements() * value))
+    }
+
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         expect_count(self.name(), inputs, 1)?;
         expect_dtype(self.name(), "the operand", &inputs[0], DType::F32)?;
@@ -95,6 +102,11 @@ impl SiluBackward {
 impl Op for SiluBackward {
     fn name(&self) -> &'static str {
         "silu_backward"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let [_, derivative] = Activation::Silu.flops();
+        Ok(Work::moving(io).with_flops(io.outputs[0].elements() * (derivative + 1)))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

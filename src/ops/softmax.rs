@@ -8,7 +8,7 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
 use crate::ops::{
-    HostIo, LaunchTypes, Op, Real, dims_f32, expect_count, expect_f32, row_workgroup, shader,
+    HostIo, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_f32, row_workgroup, shader,
 };
 use crate::tensor::TensorType;
 
@@ -54,6 +54,11 @@ impl Softmax {
 impl Op for Softmax {
     fn name(&self) -> &'static str {
         "softmax"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        // The difference to the maximum, exp, its sum, the division.
+        Ok(Work::moving(io).with_flops(4 * io.outputs[0].elements()))
     }
 
     fn keeps_f32(&self, _output: usize) -> bool {
@@ -112,6 +117,11 @@ impl SoftmaxBackward {
 impl Op for SoftmaxBackward {
     fn name(&self) -> &'static str {
         "softmax_backward"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        // The sum of p dp, a difference, a product.
+        Ok(Work::moving(io).with_flops(4 * io.outputs[0].elements()))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

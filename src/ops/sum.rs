@@ -4,7 +4,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
-use crate::ops::{HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, shader};
+use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, shader};
 use crate::tensor::{DType, Shape, TensorType};
 
 const WORKGROUP: usize = 64;
@@ -146,6 +146,10 @@ impl Sum {
 impl Op for Sum {
     fn name(&self) -> &'static str {
         "sum"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        Ok(Work::moving(io).with_flops(io.inputs[0].elements()))
     }
 
     fn keeps_f32(&self, _output: usize) -> bool {

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::silu::sigmoids;
-use crate::ops::{HostIo, LaunchTypes, Op, Real, expect_count, expect_dtype, shader};
+use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, shader};
 use crate::tensor::{DType, TensorType};
 
 const WORKGROUP: usize = 64;
@@ -154,6 +154,18 @@ impl Op for Unary {
             Function::TanhSlope => "tanh_slope",
             Function::Sigmoid => "sigmoid",
         }
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        let each = match self.0 {
+            Function::Affine { scale, offset } => {
+                usize::from(scale != 1.0) + usize::from(offset != 0.0)
+            }
+            Function::TanhSlope => 3,
+            Function::Sigmoid => 4,
+            _ => 1,
+        };
+        Ok(Work::moving(io).with_flops(io.outputs[0].elements() * each))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

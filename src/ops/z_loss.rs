@@ -8,7 +8,7 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
 use crate::ops::{
-    HostIo, LaunchTypes, Op, Real, TOTAL_WORKGROUP, dims_f32, expect_count, expect_f32,
+    HostIo, LaunchTypes, Op, Real, TOTAL_WORKGROUP, Work, dims_f32, expect_count, expect_f32,
     row_workgroup, shader,
 };
 use crate::tensor::TensorType;
@@ -60,6 +60,12 @@ impl ZLoss {
 impl Op for ZLoss {
     fn name(&self) -> &'static str {
         "z_loss"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        // The difference to the maximum, exp, its sum; each row's logarithm, square and sum.
+        let [tokens, experts] = dims_f32(self.name(), "the logits", &io.inputs[0])?;
+        Ok(Work::moving(io).with_flops(tokens * (3 * experts + 4)))
     }
 
     fn keeps_f32(&self, _output: usize) -> bool {
@@ -121,6 +127,11 @@ impl ZLossBackward {
 impl Op for ZLossBackward {
     fn name(&self) -> &'static str {
         "z_loss_backward"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        // The difference to the log-sum-exp, exp, the factor.
+        Ok(Work::moving(io).with_flops(3 * io.outputs[0].elements()))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {

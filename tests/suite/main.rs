@@ -6,6 +6,7 @@ mod case;
 mod cases;
 mod comol;
 mod comol_shapes;
+mod costs;
 mod devices;
 mod everything;
 mod foreign_kernels;
@@ -47,6 +48,7 @@ fn main() {
     let trials = [
         comol::trials(),
         comol_shapes::trials(),
+        costs::trials(),
         accumulation::trials(),
         everything::trials(),
         foreign_kernels::trials(),

@@ -2,6 +2,7 @@
 
 mod devices;
 mod replay;
+mod roofline;
 mod time;
 
 use std::process::ExitCode;
@@ -25,6 +26,8 @@ enum Command {
     Replay(replay::Options),
     /// Time a layer, forward and forward plus backward.
     Time(time::Options),
+    /// Measure the device's own limits, and how far operations and layers are from them.
+    Roofline(roofline::Options),
 }
 
 /// Which device a command runs on.
@@ -89,6 +92,7 @@ fn main() -> ExitCode {
         Command::Devices => devices::run().map(|()| ExitCode::SUCCESS),
         Command::Replay(options) => replay::run(&options),
         Command::Time(options) => time::run(&options),
+        Command::Roofline(options) => roofline::run(&options),
     };
     done.unwrap_or_else(|error| {
         eprintln!("rankmix: {error}");

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use clap::ValueEnum;
+use clap::{Parser, ValueEnum};
 use rankmix::layers::{
     AdapterOptions, CoMol, CoreRouting, FeedForward, GateInput, LatentMoe, Linear, Lora, Moe,
     MoeLora, RotMole, Routing,
@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::{DeviceArguments, StorageArguments};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Layer {
+pub(crate) enum Layer {
     Lora,
     #[value(name = "moe_lora")]
     MoeLora,
@@ -30,6 +30,11 @@ impl Layer {
     /// A feed-forward layer, of which `hidden` and `intermediate` are the widths; else an adapted linear layer.
     fn is_feed_forward(self) -> bool {
         matches!(self, Self::Moe | Self::LatentMoe)
+    }
+
+    pub(crate) fn name(self) -> String {
+        let value = self.to_possible_value();
+        value.map_or_else(String::new, |value| value.get_name().to_owned())
     }
 }
 
@@ -119,7 +124,22 @@ struct Timing {
 const RUNS: usize = 11;
 const SPAN: Duration = Duration::from_secs(2);
 
+/// Command lines that say nothing.
+#[derive(Debug, Parser)]
+struct Silent {
+    #[command(flatten)]
+    options: Options,
+}
+
 impl Options {
+    /// The sizes of a layer where nothing else is said.
+    pub(crate) fn defaults(layer: Layer) -> Self {
+        Self {
+            layer,
+            ..Silent::parse_from(["rankmix"]).options
+        }
+    }
+
     fn tokens(&self) -> usize {
         let default = if self.layer.is_feed_forward() {
             256
@@ -130,7 +150,7 @@ impl Options {
     }
 
     /// Shapes of the input and of the output.
-    fn shapes(&self) -> [[usize; 2]; 2] {
+    pub(crate) fn shapes(&self) -> [[usize; 2]; 2] {
         let (d_in, d_out) = if self.layer.is_feed_forward() {
             (self.hidden, self.hidden)
         } else {
@@ -140,7 +160,7 @@ impl Options {
     }
 }
 
-fn layer_output(options: &Options, graph: &mut Graph, x: Value) -> Result<Value> {
+pub(crate) fn layer_output(options: &Options, graph: &mut Graph, x: Value) -> Result<Value> {
     let base = Linear::new("layer", options.d_in, options.d_out);
     let adapter = AdapterOptions::new(options.rank, 2.0 * options.rank as f32);
     let router = Routing::new(options.experts, options.top_k);
@@ -182,7 +202,7 @@ fn layer_output(options: &Options, graph: &mut Graph, x: Value) -> Result<Value>
 }
 
 /// Numbers in -1..1 that are all different: timing zeros would flatter some hardware.
-fn ramp(shape: [usize; 2]) -> Result<Tensor> {
+pub(crate) fn ramp(shape: [usize; 2]) -> Result<Tensor> {
     let count = shape[0] * shape[1];
     Tensor::f32(
         shape,
@@ -289,11 +309,7 @@ fn measure(options: &Options, device: &Device) -> Result<Timing> {
     let planned = memory.parameters + memory.inputs + memory.pool;
     let launches = after.launches - before.launches;
     Ok(Timing {
-        layer: options
-            .layer
-            .to_possible_value()
-            .map(|value| value.get_name().to_owned())
-            .unwrap_or_default(),
+        layer: options.layer.name(),
         device: device.name(),
         forward_compile_seconds,
         forward_first_seconds: forward_runs.first,

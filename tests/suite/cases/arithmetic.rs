@@ -1,5 +1,6 @@
 //! Element-wise arithmetic, broadcasting, sums.
 
+use rankmix::ops::MultiplyAdds;
 use rankmix::{Init, Tensor};
 
 use crate::case::{Case, floats, floats_in};
@@ -8,6 +9,10 @@ pub fn cases() -> Vec<Case> {
     let mut cases = vec![
         Case::new("affine", vec![floats(&[3, 5], 1)], |g, v| {
             Ok(vec![g.affine(v[0], -1.5, 0.25)?])
+        }),
+        Case::new("copy", vec![floats(&[5, 7], 27)], |g, v| {
+            let copy = g.copy(v[0])?;
+            Ok(vec![g.square(copy)?])
         }),
         Case::new("square", vec![floats(&[7], 2)], |g, v| {
             Ok(vec![g.square(v[0])?])
@@ -146,6 +151,21 @@ pub fn cases() -> Vec<Case> {
         })
         .forward_only(),
     ];
+    for chains in [1, 3, MultiplyAdds::MAX_CHAINS] {
+        for fused in [false, true] {
+            let name = format!("multiply_adds_{chains}_{fused}");
+            // One turn leaves a sixteenth of what went in.
+            let options = MultiplyAdds {
+                chains,
+                turns: 1,
+                fused,
+            };
+            let build = move |g: &mut rankmix::Graph, v: &[rankmix::Value]| {
+                Ok(vec![g.multiply_adds(v[0], options)?])
+            };
+            cases.push(Case::new(name, vec![floats(&[9, 31], 28)], build).forward_only());
+        }
+    }
     let shapes: [(&[usize], &[usize]); 6] = [
         (&[3, 4], &[3, 4]),
         (&[3, 4], &[4]),

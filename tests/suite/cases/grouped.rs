@@ -78,8 +78,52 @@ fn grouped(
     cases
 }
 
+/// Shrink, rotation gate and rotation in one, with both results used.
+fn rotated(
+    tokens: usize,
+    top_k: usize,
+    experts: usize,
+    rank: usize,
+    input: usize,
+    popularity: Popularity,
+) -> Case {
+    let name = format!("rotated_shrink_{tokens}_{top_k}_{experts}_{rank}_{input}_{popularity:?}");
+    let inputs = vec![
+        choose(popularity, tokens, top_k, experts),
+        floats(&[tokens, input], 48),
+        floats(&[experts, rank, input], 49),
+        floats(&[experts, rank / 2, input], 50),
+    ];
+    Case::new(name, inputs, move |g, v| {
+        let segments = g.segments(v[0], experts)?;
+        // The rows have a gradient from elsewhere too.
+        let x = g.scale(v[1], 1.5)?;
+        let [rotated, angles] = g.rotated_shrink(x, v[2], v[3], segments)?;
+        Ok(vec![rotated, angles, g.square(x)?])
+    })
+}
+
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
+    for popularity in Popularity::ALL {
+        cases.push(rotated(5, 2, 4, 4, 8, popularity));
+        cases.push(rotated(133, 3, 7, 36, 20, popularity).forward_only());
+    }
+    for (tokens, top_k, experts, rank, input) in [
+        (1, 1, 1, 4, 4),
+        (3, 2, 2, 2, 5),
+        (7, 1, 3, 8, 12),
+        (2, 3, 3, 6, 8),
+    ] {
+        cases.push(rotated(
+            tokens,
+            top_k,
+            experts,
+            rank,
+            input,
+            Popularity::Uniform,
+        ));
+    }
     for popularity in Popularity::ALL {
         cases.extend(grouped(5, 2, 4, 3, 6, popularity));
         cases.extend(
