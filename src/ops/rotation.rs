@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::{Capabilities, Launch, Launches};
 use crate::error::{Error, Result};
-use crate::graph::{Backward, Graph, Value};
+use crate::graph::{Backward, Graph, Storage, Value};
 use crate::host_reference;
 use crate::ops::rotate_cayley::Cayley;
 use crate::ops::rotate_givens::Givens;
@@ -210,7 +210,7 @@ impl Graph {
 }
 
 impl Graph {
-    /// The gradients of what was rotated in planes and of the angles, from the result `y`.
+    /// The gradients of what was rotated in planes and of the angles, from the result `y`. That of the angles stays in f32, as angles do.
     pub(crate) fn planes_backward(
         &mut self,
         y: Value,
@@ -218,6 +218,7 @@ impl Graph {
         dy: Value,
     ) -> Result<[Value; 2]> {
         let gradients = self.apply(RotateBackward(Planes), &[y, angles, dy])?;
+        self.values[gradients[1].index as usize].storage = Storage::F32;
         Ok([gradients[0], gradients[1]])
     }
 }

@@ -7,7 +7,7 @@ use crate::host_reference;
 use crate::ops::route::RouteForward;
 use crate::ops::sort::host_sort;
 use crate::ops::sort_block::SortBlock;
-use crate::ops::{HostIo, LaunchTypes, Op, Real, shader};
+use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, shader};
 use crate::tensor::TensorType;
 
 const WORKGROUP: usize = 256;
@@ -46,6 +46,10 @@ impl RouteAndSort {
 impl Op for RouteAndSort {
     fn name(&self) -> &'static str {
         "route_and_sort"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        self.forward.work(io)
     }
 
     fn keeps_f32(&self, output: usize) -> bool {

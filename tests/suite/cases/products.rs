@@ -1,6 +1,7 @@
 //! Matrix products.
 
-use rankmix::ops::MatMul;
+use rankmix::ops::{MatMul, Product};
+use rankmix::{Graph, Value};
 
 use crate::case::{Case, floats};
 
@@ -14,6 +15,7 @@ pub fn cases() -> Vec<Case> {
         (16, 4, 20),
         (2, 70, 3),
     ];
+    cases.extend(sums());
     for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
         let options = MatMul {
             transpose_a,
@@ -46,7 +48,7 @@ pub fn cases() -> Vec<Case> {
         for (m, n, k) in [(133, 70, 65), (128, 72, 260), (1, 300, 33), (257, 4, 64)] {
             let (a, b) = dims(m, n, k);
             let inputs = vec![floats(&a, 33), floats(&b, 34)];
-            let build = move |g: &mut rankmix::Graph, v: &[rankmix::Value]| {
+            let build = move |g: &mut Graph, v: &[Value]| {
                 Ok(vec![g.matmul_with(v[0], v[1], options, None)?])
             };
             cases.push(Case::new(format!("{name}_{m}_{n}_{k}"), inputs, build).forward_only());
@@ -64,6 +66,43 @@ pub fn cases() -> Vec<Case> {
                 inputs,
                 move |g, v| Ok(vec![g.matmul_with(v[0], v[1], options, None)?]),
             ));
+        }
+    }
+    cases
+}
+
+/// Two products that are added, the second in every transpose: with aligned rows and without, and of more than one tile.
+fn sums() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
+        for (m, n, k, k2) in [(4, 8, 12, 4), (3, 5, 2, 7), (8, 4, 5, 8), (132, 72, 36, 20)] {
+            let options = MatMul {
+                transpose_a,
+                transpose_b,
+                alpha: -1.25,
+            };
+            let a2 = if transpose_a { [k2, m] } else { [m, k2] };
+            let b2 = if transpose_b { [n, k2] } else { [k2, n] };
+            let inputs = vec![
+                floats(&[m, k], 33),
+                floats(&[n, k], 34),
+                floats(&a2, 35),
+                floats(&b2, 36),
+                floats(&[m, n], 37),
+            ];
+            let name = format!("matmul_sum_{transpose_a}_{transpose_b}_{m}_{n}_{k}_{k2}");
+            let build = move |g: &mut Graph, v: &[Value]| {
+                let second = Product {
+                    a: v[2],
+                    b: v[3],
+                    options,
+                };
+                let y = g.matmul_sum(Product::nt(v[0], v[1]).scaled(0.5), second)?;
+                let mut results = g.gradients_from(&[(y, v[4])], &v[..4])?;
+                results.push(y);
+                Ok(results)
+            };
+            cases.push(Case::new(name, inputs, build).forward_only());
         }
     }
     cases

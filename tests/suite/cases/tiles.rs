@@ -123,7 +123,7 @@ fn long_rows() -> Vec<Case> {
 fn grouped_products() -> Vec<Case> {
     const EXPERTS: usize = 2;
     let chosen = |tokens| ints(&[tokens, 1], 247, EXPERTS as u32);
-    let [mut shrink, mut gated, mut expand] = [(); 3].map(|()| Shapes::default());
+    let [mut shrink, mut gated, mut expand, mut rotated] = [(); 4].map(|()| Shapes::default());
     for tokens in powers(1, 512) {
         for out in powers(4, 256) {
             if tokens * out > 8192 {
@@ -139,6 +139,12 @@ fn grouped_products() -> Vec<Case> {
             shrink.add(inputs(4), |graph, v| {
                 let segments = graph.segments(v[0], EXPERTS)?;
                 graph.shrink(v[1], v[2], Layout::OutIn, segments)
+            });
+            let mut with_angles = inputs(4);
+            with_angles.push(floats(&[EXPERTS, out / 2, 4], 253));
+            rotated.add(with_angles, |graph, v| {
+                let segments = graph.segments(v[0], EXPERTS)?;
+                Ok(graph.rotated_shrink(v[1], v[2], v[3], segments)?[0])
             });
             gated.add(inputs(4), |graph, v| {
                 let segments = graph.segments(v[0], EXPERTS)?;
@@ -182,6 +188,7 @@ fn grouped_products() -> Vec<Case> {
     }
     vec![
         shrink.case("shrink"),
+        rotated.case("rotated_shrink"),
         gated.case("gated_experts"),
         expand.case("expand"),
         outer.case("segment_outer"),

@@ -157,6 +157,14 @@ impl Sweep {
                     let segments = graph.segments(v[0], EXPERTS)?;
                     graph.shrink(v[1], v[2], Layout::OutIn, segments)
                 });
+                if out % 4 == 0 {
+                    let angles = TensorType::f32([EXPERTS, out / 2, 64]);
+                    let inputs: Vec<TensorType> = inputs.iter().cloned().chain([angles]).collect();
+                    self.add(&inputs, |graph, v| {
+                        let segments = graph.segments(v[0], EXPERTS)?;
+                        Ok(graph.rotated_shrink(v[1], v[2], v[3], segments)?[0])
+                    });
+                }
                 self.add(&inputs, |graph, v| {
                     let segments = graph.segments(v[0], EXPERTS)?;
                     let gate = Projection {
