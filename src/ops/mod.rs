@@ -234,9 +234,13 @@ pub(crate) use shader;
 pub(crate) const TOTAL_WORKGROUP: u32 = 256;
 
 /// The invocations of a workgroup that reduces one row of so many elements: a power of two. The bound depends on the length
-/// alone, so that the order of the additions does too.
+/// alone, so that the order of the additions does too. On software Vulkan eight for 512 rows of 8 take a third of the time of 64.
 pub(crate) fn row_workgroup(length: usize) -> u32 {
-    if length > 1024 { 256 } else { 64 }
+    match length {
+        0..=32 => 8,
+        33..=1024 => 64,
+        _ => 256,
+    }
 }
 
 /// How many operands an operation takes.

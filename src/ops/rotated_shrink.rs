@@ -32,7 +32,7 @@ struct RotatedShrink {
 impl Graph {
     /// `[R(p) z, p]` with `z = A[e] x` and the angles `p = V[e] x`, for every pair of the segments: what [`Graph::shrink`] by A and by V and
     /// [`Rotation::Planes`](crate::ops::Rotation::Planes) would make of them, `[pairs, rank]` and `[pairs, rank / 2]`. `x` is `[rows, in]`,
-    /// `a` `[experts, rank, in]`, `v` `[experts, rank / 2, in]`; the angles are kept in f32. Pairs of no expert get zeros.
+    /// `a` `[experts, rank, in]`, `v` `[experts, rank / 2, in]`; both results are kept in f32. Pairs of no expert get zeros.
     ///
     /// # Errors
     /// [`Error::Shape`] if the shapes do not fit.
@@ -165,9 +165,9 @@ impl Op for RotatedShrink {
         ])
     }
 
-    /// Angles need absolute accuracy, and may be many turns.
-    fn keeps_f32(&self, output: usize) -> bool {
-        output == 1
+    /// Angles need absolute accuracy, and may be many turns; their gradients are differences of products of the latents, which cancel.
+    fn keeps_f32(&self, _output: usize) -> bool {
+        true
     }
 
     fn backward(&self, context: &mut Backward<'_>) -> Result<()> {

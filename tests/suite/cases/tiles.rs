@@ -82,39 +82,38 @@ fn matrix_products() -> Case {
     shapes.case("matmul")
 }
 
-/// Rows for which a workgroup is larger.
-fn long_rows() -> Vec<Case> {
-    const LENGTH: usize = 1025;
-    let logits = || floats_in(&[3, LENGTH], 242, -3.0, 3.0);
-    let chosen = || ints(&[3, 2], 243, LENGTH as u32);
+/// Rows of a length for which a workgroup has another size.
+fn rows(length: usize) -> Vec<Case> {
+    let logits = || floats_in(&[3, length], 242, -3.0, 3.0);
+    let chosen = || ints(&[3, 2], 243, length as u32);
     let mut losses = Shapes::default();
     losses.add(vec![logits()], |graph, v| graph.z_loss(v[0]));
-    losses.add(vec![logits(), chosen()], |graph, v| {
+    losses.add(vec![logits(), chosen()], move |graph, v| {
         Ok(graph.balance_loss(v[0], v[1])?.loss)
     });
     let inputs = vec![
         ints(&[3, 2], 244, 4),
         floats(&[3, 2], 245),
-        floats(&[6, LENGTH], 246),
+        floats(&[6, length], 246),
     ];
     let mut combine = Shapes::default();
-    combine.add(inputs, |graph, v| {
+    combine.add(inputs, move |graph, v| {
         let segments = graph.segments(v[0], 4)?;
         let groups = graph.active_groups(segments, 4, 2)?;
         graph.combine(v[2], v[1], &groups)
     });
     let metrics = Case::new(
-        "tiles_of_router_metrics",
+        format!("tiles_of_router_metrics_{length}"),
         vec![logits(), chosen()],
-        |graph, v| {
-            let chosen = graph.segments(v[1], LENGTH)?;
+        move |graph, v| {
+            let chosen = graph.segments(v[1], length)?;
             let metrics = graph.router_metrics(v[0], chosen, None)?;
             Ok(vec![metrics.counts, metrics.dropped, metrics.entropy])
         },
     );
     vec![
-        losses.case("router_losses"),
-        combine.case("combine"),
+        losses.case(&format!("router_losses_{length}")),
+        combine.case(&format!("combine_{length}")),
         metrics.forward_only(),
     ]
 }
@@ -226,7 +225,9 @@ fn cores() -> Case {
 
 pub fn cases() -> Vec<Case> {
     let mut cases = vec![matrix_products(), givens(), cores()];
-    cases.extend(long_rows());
+    for length in [64, 1025] {
+        cases.extend(rows(length));
+    }
     cases.extend(grouped_products());
     cases
 }

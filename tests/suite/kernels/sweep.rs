@@ -85,7 +85,7 @@ impl Sweep {
 
     /// Reductions of rows, whose workgroups grow with the length.
     fn rows(&mut self) {
-        for length in [64, 1025] {
+        for length in [32, 64, 1025] {
             let rows = TensorType::f32([3, length]);
             self.add(from_ref(&rows), |graph, v| graph.softmax(v[0]));
             self.add(&[rows.clone(), TensorType::f32([length])], |graph, v| {
