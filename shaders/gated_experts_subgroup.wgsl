@@ -38,7 +38,7 @@ fn segment_start(expert: u32) -> u32 {
 }
 
 fn store(pair: u32, place: u32, end: u32, out: u32, g: vec4<f32>, u: vec4<f32>) {
-  if (place < end & out < params.out) {
+  if ((place < end) & (out < params.out)) {
     let at = (pair * params.out + out) >> 2u;
     gate[at] = g;
     if (GATED) {

@@ -118,6 +118,7 @@ fn scale_tile(t: ptr<function, Tile>, factor: f32) {
   (*t).q7 *= factor;
 }
 
+// The same for all lanes: see segment_outer_subgroup.wgsl.
 struct Place {
   inside: bool,
   entry: u32,
@@ -125,26 +126,27 @@ struct Place {
   column: u32,
 }
 
-fn place_of(workgroup: vec3<u32>, lane: u32) -> Place {
+fn place_of(workgroup: vec3<u32>) -> Place {
   let group = workgroup.y * params.groups_per_row + workgroup.x;
   let rest = group / params.n_groups;
   let entry = rest / params.m_groups;
   let row = (rest % params.m_groups) * select(32u, 64u, TALL);
-  return Place(entry < params.batch, entry, row, (group % params.n_groups) * select(32u, 64u, BROAD) + lane * 4u);
+  return Place(entry < params.batch, entry, row, (group % params.n_groups) * select(32u, 64u, BROAD));
 }
 
 fn product(low: ptr<function, Tile>, high: ptr<function, Tile>, place: Place, lane: u32) {
   let last_row = params.m - 1u;
   let last_column = params.n - 1u;
   let row = place.row + lane * 4u;
+  let column = place.column + lane * 4u;
   let a_base = place.entry * params.a_batch;
   let b_base = place.entry * params.b_batch;
   let fast_end = select(0u, params.k & ~3u, ALIGNED & place.inside);
   if (ALIGNED) {
     var low_at = block_at(a_base, row, last_row, select(params.k, params.m, TRANSPOSE_A), TRANSPOSE_A);
     var high_at = block_at(a_base, row + 32u, last_row, select(params.k, params.m, TRANSPOSE_A), TRANSPOSE_A);
-    var b_at = block_at(b_base, place.column, last_column, select(params.n, params.k, TRANSPOSE_B), !TRANSPOSE_B);
-    var right_at = block_at(b_base, place.column + 32u, last_column, select(params.n, params.k, TRANSPOSE_B), !TRANSPOSE_B);
+    var b_at = block_at(b_base, column, last_column, select(params.n, params.k, TRANSPOSE_B), !TRANSPOSE_B);
+    var right_at = block_at(b_base, column + 32u, last_column, select(params.n, params.k, TRANSPOSE_B), !TRANSPOSE_B);
     let a_step = select(4u, 4u * params.m, TRANSPOSE_A);
     let b_step = select(4u * params.n, 4u, TRANSPOSE_B);
     for (var k = 0u; k < fast_end; k += 4u) {
@@ -162,16 +164,16 @@ fn product(low: ptr<function, Tile>, high: ptr<function, Tile>, place: Place, la
   if (EDGES) {
     for (var k = fast_end; k < params.k; k += 4u) {
       let rows = mat4x4(a_edge(a_base, row, k), a_edge(a_base, row + 1u, k), a_edge(a_base, row + 2u, k), a_edge(a_base, row + 3u, k));
-      let columns = transpose(mat4x4(b_edge(b_base, place.column, k), b_edge(b_base, place.column + 1u, k),
-        b_edge(b_base, place.column + 2u, k), b_edge(b_base, place.column + 3u, k)));
+      let columns = transpose(mat4x4(b_edge(b_base, column, k), b_edge(b_base, column + 1u, k),
+        b_edge(b_base, column + 2u, k), b_edge(b_base, column + 3u, k)));
       multiply_add(low, rows, columns);
       if (TALL) {
         multiply_add(high, mat4x4(a_edge(a_base, row + 32u, k), a_edge(a_base, row + 33u, k), a_edge(a_base, row + 34u, k),
           a_edge(a_base, row + 35u, k)), columns);
       }
       if (BROAD) {
-        multiply_add(high, rows, transpose(mat4x4(b_edge(b_base, place.column + 32u, k), b_edge(b_base, place.column + 33u, k),
-          b_edge(b_base, place.column + 34u, k), b_edge(b_base, place.column + 35u, k))));
+        multiply_add(high, rows, transpose(mat4x4(b_edge(b_base, column + 32u, k), b_edge(b_base, column + 33u, k),
+          b_edge(b_base, column + 34u, k), b_edge(b_base, column + 35u, k))));
       }
     }
   }
@@ -180,8 +182,8 @@ fn product(low: ptr<function, Tile>, high: ptr<function, Tile>, place: Place, la
   if (SECOND) {
     var low_at = block_at(0u, row, last_row, select(params.k2, params.m, TRANSPOSE_A2), TRANSPOSE_A2);
     var high_at = block_at(0u, row + 32u, last_row, select(params.k2, params.m, TRANSPOSE_A2), TRANSPOSE_A2);
-    var b_at = block_at(0u, place.column, last_column, select(params.n, params.k2, TRANSPOSE_B2), !TRANSPOSE_B2);
-    var right_at = block_at(0u, place.column + 32u, last_column, select(params.n, params.k2, TRANSPOSE_B2), !TRANSPOSE_B2);
+    var b_at = block_at(0u, column, last_column, select(params.n, params.k2, TRANSPOSE_B2), !TRANSPOSE_B2);
+    var right_at = block_at(0u, column + 32u, last_column, select(params.n, params.k2, TRANSPOSE_B2), !TRANSPOSE_B2);
     let a_step = select(4u, 4u * params.m, TRANSPOSE_A2);
     let b_step = select(4u * params.n, 4u, TRANSPOSE_B2);
     for (var k = 0u; k < params.k2; k += 4u) {
@@ -198,9 +200,9 @@ fn product(low: ptr<function, Tile>, high: ptr<function, Tile>, place: Place, la
   }
 }
 
-fn store_wide(place: Place, row: u32, value: vec4<f32>) {
-  if (place.inside & place.column < params.n & row < params.m) {
-    let at = (place.entry * params.m * params.n + row * params.n + place.column) >> 2u;
+fn store_wide(place: Place, row: u32, column: u32, value: vec4<f32>) {
+  if (place.inside & (column < params.n) & (row < params.m)) {
+    let at = (place.entry * params.m * params.n + row * params.n + column) >> 2u;
     if (ACCUMULATE) { c[at] += value; } else { c[at] = value; }
   }
 }
@@ -211,69 +213,71 @@ fn store_element(at: u32, inside: bool, value: f32) {
   }
 }
 
-fn store_narrow(place: Place, row: u32, value: vec4<f32>) {
-  let at = place.entry * params.m * params.n + row * params.n + place.column;
-  let left = select(0u, params.n - min(place.column, params.n), place.inside & row < params.m);
+fn store_narrow(place: Place, row: u32, column: u32, value: vec4<f32>) {
+  let at = place.entry * params.m * params.n + row * params.n + column;
+  let left = select(0u, params.n - min(column, params.n), place.inside & (row < params.m));
   store_element(at, left > 0u, value.x);
   store_element(at + 1u, left > 1u, value.y);
   store_element(at + 2u, left > 2u, value.z);
   store_element(at + 3u, left > 3u, value.w);
 }
 
-fn store_rows_wide(place: Place, row: u32, q: mat4x4<f32>) {
-  store_wide(place, row, q[0]);
-  store_wide(place, row + 1u, q[1]);
-  store_wide(place, row + 2u, q[2]);
-  store_wide(place, row + 3u, q[3]);
+fn store_rows_wide(place: Place, row: u32, column: u32, q: mat4x4<f32>) {
+  store_wide(place, row, column, q[0]);
+  store_wide(place, row + 1u, column, q[1]);
+  store_wide(place, row + 2u, column, q[2]);
+  store_wide(place, row + 3u, column, q[3]);
 }
 
-fn store_rows_narrow(place: Place, row: u32, q: mat4x4<f32>) {
-  store_narrow(place, row, q[0]);
-  store_narrow(place, row + 1u, q[1]);
-  store_narrow(place, row + 2u, q[2]);
-  store_narrow(place, row + 3u, q[3]);
+fn store_rows_narrow(place: Place, row: u32, column: u32, q: mat4x4<f32>) {
+  store_narrow(place, row, column, q[0]);
+  store_narrow(place, row + 1u, column, q[1]);
+  store_narrow(place, row + 2u, column, q[2]);
+  store_narrow(place, row + 3u, column, q[3]);
 }
 
-fn store_tile_wide(place: Place, row: u32, t: Tile) {
-  store_rows_wide(place, row, t.q0);
-  store_rows_wide(place, row + 4u, t.q1);
-  store_rows_wide(place, row + 8u, t.q2);
-  store_rows_wide(place, row + 12u, t.q3);
-  store_rows_wide(place, row + 16u, t.q4);
-  store_rows_wide(place, row + 20u, t.q5);
-  store_rows_wide(place, row + 24u, t.q6);
-  store_rows_wide(place, row + 28u, t.q7);
+fn store_tile_wide(place: Place, row: u32, column: u32, t: Tile) {
+  store_rows_wide(place, row, column, t.q0);
+  store_rows_wide(place, row + 4u, column, t.q1);
+  store_rows_wide(place, row + 8u, column, t.q2);
+  store_rows_wide(place, row + 12u, column, t.q3);
+  store_rows_wide(place, row + 16u, column, t.q4);
+  store_rows_wide(place, row + 20u, column, t.q5);
+  store_rows_wide(place, row + 24u, column, t.q6);
+  store_rows_wide(place, row + 28u, column, t.q7);
 }
 
-fn store_tile_narrow(place: Place, row: u32, t: Tile) {
-  store_rows_narrow(place, row, t.q0);
-  store_rows_narrow(place, row + 4u, t.q1);
-  store_rows_narrow(place, row + 8u, t.q2);
-  store_rows_narrow(place, row + 12u, t.q3);
-  store_rows_narrow(place, row + 16u, t.q4);
-  store_rows_narrow(place, row + 20u, t.q5);
-  store_rows_narrow(place, row + 24u, t.q6);
-  store_rows_narrow(place, row + 28u, t.q7);
+fn store_tile_narrow(place: Place, row: u32, column: u32, t: Tile) {
+  store_rows_narrow(place, row, column, t.q0);
+  store_rows_narrow(place, row + 4u, column, t.q1);
+  store_rows_narrow(place, row + 8u, column, t.q2);
+  store_rows_narrow(place, row + 12u, column, t.q3);
+  store_rows_narrow(place, row + 16u, column, t.q4);
+  store_rows_narrow(place, row + 20u, column, t.q5);
+  store_rows_narrow(place, row + 24u, column, t.q6);
+  store_rows_narrow(place, row + 28u, column, t.q7);
 }
 
 @compute @workgroup_size(8)
 fn wide(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-  let place = place_of(workgroup, lane);
+  let place = place_of(workgroup);
+  let column = place.column + lane * 4u;
   var low = Tile();
   var high = Tile();
   product(&low, &high, place, lane);
-  store_tile_wide(place, place.row, low);
-  if (TALL) { store_tile_wide(place, place.row + 32u, high); }
-  if (BROAD) { store_tile_wide(Place(place.inside, place.entry, place.row, place.column + 32u), place.row, high); }
+  store_tile_wide(place, place.row, column, low);
+  if (TALL) { store_tile_wide(place, place.row + 32u, column, high); }
+  if (BROAD) { store_tile_wide(place, place.row, column + 32u, high); }
 }
 
 @compute @workgroup_size(8)
 fn narrow(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-  let place = place_of(workgroup, lane);
+  let place = place_of(workgroup);
+  let column = place.column + lane * 4u;
   var low = Tile();
   var high = Tile();
   product(&low, &high, place, lane);
-  store_tile_narrow(place, place.row, low);
-  if (TALL) { store_tile_narrow(place, place.row + 32u, high); }
-  if (BROAD) { store_tile_narrow(Place(place.inside, place.entry, place.row, place.column + 32u), place.row, high); }
+  store_tile_narrow(place, place.row, column, low);
+  if (TALL) { store_tile_narrow(place, place.row + 32u, column, high); }
+  if (BROAD) { store_tile_narrow(place, place.row, column + 32u, high); }
 }

@@ -47,7 +47,7 @@ fn segment_start(expert: u32) -> u32 {
 
 fn store(pair: u32, place: u32, end: u32, out: u32, z: vec4<f32>, p: vec2<f32>) {
   let rotated = rotate_two(z, p);
-  if (place < end & out < params.rank) {
+  if ((place < end) & (out < params.rank)) {
     let at = (pair * params.rank + out) >> 2u;
     u[at] = rotated;
     angles[at] = p;
@@ -70,7 +70,9 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
   let places = min(tile.first + lane * 4u + vec4(0u, 1u, 2u, 3u), vec4(tile.end - 1u));
   let pairs = vec4(order[places.x], order[places.y], order[places.z], order[places.w]);
   let column = tile.expert * params.rank + min(out, params.rank - 4u);
-  var x_at = pairs / params.share * params.in;
+  // each by itself: see shrink_subgroup.wgsl
+  let own_rows = vec4(pairs.x / params.share, pairs.y / params.share, pairs.z / params.share, pairs.w / params.share);
+  var x_at = own_rows * params.in;
   var a_at = (column + vec4(0u, 1u, 2u, 3u)) * params.in;
   var v_at = (column / 2u + vec2(0u, 1u)) * params.in;
 

@@ -40,25 +40,31 @@ struct Params {
 @group(0) @binding(8) var<storage, read> left2: array<vec4<f32>>;             // two only
 @group(0) @binding(9) var<storage, read_write> gradient2: array<vec4<f32>>;   // two only
 
+// The same for all lanes, of which nothing else would be known to take part in a broadcast.
 struct Place {
   inside: bool,
   expert: u32,
   left_group: u32,
-  column: u32,
+  first_column: u32,
 }
 
-fn place_of(workgroup: vec3<u32>, lane: u32) -> Place {
+fn place_of(workgroup: vec3<u32>) -> Place {
   let group = workgroup.y * params.groups_per_row + workgroup.x;
   let rest = group / params.right_groups;
   let groups = params.left_groups + params.left2_groups;
   let expert = rest / groups;
-  return Place(expert < params.experts, expert, rest % groups, (group % params.right_groups) * 32u + lane * 4u);
+  return Place(expert < params.experts, expert, rest % groups, (group % params.right_groups) * 32u);
 }
 
 // Four pairs of the order from a place on; those past the last are the last, and count for nothing.
 fn pairs_at(place: u32, last: u32, lane: u32) -> vec4<u32> {
   let mine = order[min(place + (lane & 3u), last)];
   return vec4(subgroupBroadcast(mine, 0u), subgroupBroadcast(mine, 1u), subgroupBroadcast(mine, 2u), subgroupBroadcast(mine, 3u));
+}
+
+// Each by itself: see shrink_subgroup.wgsl.
+fn rows_of(pairs: vec4<u32>, share: u32) -> vec4<u32> {
+  return vec4(pairs.x / share, pairs.y / share, pairs.z / share, pairs.w / share);
 }
 
 fn counted(place: u32, last: u32) -> vec4<f32> {
@@ -71,10 +77,11 @@ fn right_block(at: vec4<u32>, factor: vec4<f32>) -> mat4x4<f32> {
 
 @compute @workgroup_size(8)
 fn one(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-  let p = place_of(workgroup, lane);
+  let p = place_of(workgroup);
+  let lane_column = p.first_column + lane * 4u;
   if (!p.inside) { return; }
   let row = min(p.left_group * 32u + lane * 4u, params.left - 4u);
-  let column = min(p.column, params.right - 4u);
+  let column = min(lane_column, params.right - 4u);
   var t = Tile();
   let first = offsets[p.expert];
   let end = offsets[p.expert + 1u];
@@ -85,8 +92,8 @@ fn one(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_in
       let gate = gates[order[min(place + (lane & 3u), end - 1u)]];
       factor *= vec4(subgroupBroadcast(gate, 0u), subgroupBroadcast(gate, 1u), subgroupBroadcast(gate, 2u), subgroupBroadcast(gate, 3u));
     }
-    let left_at = pairs / params.left_share * params.left + row;
-    var right_row = pairs / params.right_share;
+    let left_at = rows_of(pairs, params.left_share) * params.left + row;
+    var right_row = rows_of(pairs, params.right_share);
     if (MAPPED) {
       let mapped = min(rows[order[min(place + (lane & 3u), end - 1u)]], params.right_rows - 1u);
       right_row = vec4(subgroupBroadcast(mapped, 0u), subgroupBroadcast(mapped, 1u), subgroupBroadcast(mapped, 2u), subgroupBroadcast(mapped, 3u));
@@ -94,14 +101,15 @@ fn one(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_in
     let block = mat4x4(left[left_at.x >> 2u], left[left_at.y >> 2u], left[left_at.z >> 2u], left[left_at.w >> 2u]);
     multiply_add(&t, transpose(block), right_block(right_row * params.right + column, factor));
   }
-  store_tile(p, p.left_group * 32u, t);
+  store_tile(p.expert, p.left_group * 32u, lane_column, t);
 }
 
 @compute @workgroup_size(8)
 fn two(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-  let p = place_of(workgroup, lane);
+  let p = place_of(workgroup);
+  let lane_column = p.first_column + lane * 4u;
   if (!p.inside) { return; }
-  let column = min(p.column, params.right - 4u);
+  let column = min(lane_column, params.right - 4u);
   let second = p.left_group >= params.left_groups;
   let first_row = select(p.left_group, p.left_group - params.left_groups, second) * 32u;
   let row = min(first_row + lane * 4u, select(params.left, params.left2, second) - 4u);
@@ -111,59 +119,59 @@ fn two(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_in
   // two loops and no branch in one: a software adapter runs both sides of a branch, but no loop of zero turns
   for (var place = select(first, end, second); place < end; place += 4u) {
     let pairs = pairs_at(place, end - 1u, lane);
-    let at = pairs / params.left_share * params.left + row;
+    let at = rows_of(pairs, params.left_share) * params.left + row;
     let block = mat4x4(left[at.x >> 2u], left[at.y >> 2u], left[at.z >> 2u], left[at.w >> 2u]);
-    multiply_add(&t, transpose(block), right_block(pairs / params.right_share * params.right + column, counted(place, end - 1u)));
+    multiply_add(&t, transpose(block), right_block(rows_of(pairs, params.right_share) * params.right + column, counted(place, end - 1u)));
   }
   for (var place = select(end, first, second); place < end; place += 4u) {
     let pairs = pairs_at(place, end - 1u, lane);
-    let at = pairs / params.left_share * params.left2 + row;
+    let at = rows_of(pairs, params.left_share) * params.left2 + row;
     let block = mat4x4(left2[at.x >> 2u], left2[at.y >> 2u], left2[at.z >> 2u], left2[at.w >> 2u]);
-    multiply_add(&t, transpose(block), right_block(pairs / params.right_share * params.right + column, counted(place, end - 1u)));
+    multiply_add(&t, transpose(block), right_block(rows_of(pairs, params.right_share) * params.right + column, counted(place, end - 1u)));
   }
-  if (second) { store_tile2(p, first_row, t); } else { store_tile(p, first_row, t); }
+  if (second) { store_tile2(p.expert, first_row, lane_column, t); } else { store_tile(p.expert, first_row, lane_column, t); }
 }
 
-fn store(p: Place, row: u32, value: vec4<f32>) {
-  if (row < params.left & p.column < params.right) { gradient[((p.expert * params.left + row) * params.right + p.column) >> 2u] = value; }
+fn store(expert: u32, row: u32, column: u32, value: vec4<f32>) {
+  if ((row < params.left) & (column < params.right)) { gradient[((expert * params.left + row) * params.right + column) >> 2u] = value; }
 }
 
-fn store_rows(p: Place, row: u32, q: mat4x4<f32>) {
-  store(p, row, q[0]);
-  store(p, row + 1u, q[1]);
-  store(p, row + 2u, q[2]);
-  store(p, row + 3u, q[3]);
+fn store_rows(expert: u32, row: u32, column: u32, q: mat4x4<f32>) {
+  store(expert, row, column, q[0]);
+  store(expert, row + 1u, column, q[1]);
+  store(expert, row + 2u, column, q[2]);
+  store(expert, row + 3u, column, q[3]);
 }
 
-fn store_tile(p: Place, row: u32, t: Tile) {
-  store_rows(p, row, t.q0);
-  store_rows(p, row + 4u, t.q1);
-  store_rows(p, row + 8u, t.q2);
-  store_rows(p, row + 12u, t.q3);
-  store_rows(p, row + 16u, t.q4);
-  store_rows(p, row + 20u, t.q5);
-  store_rows(p, row + 24u, t.q6);
-  store_rows(p, row + 28u, t.q7);
+fn store_tile(expert: u32, row: u32, column: u32, t: Tile) {
+  store_rows(expert, row, column, t.q0);
+  store_rows(expert, row + 4u, column, t.q1);
+  store_rows(expert, row + 8u, column, t.q2);
+  store_rows(expert, row + 12u, column, t.q3);
+  store_rows(expert, row + 16u, column, t.q4);
+  store_rows(expert, row + 20u, column, t.q5);
+  store_rows(expert, row + 24u, column, t.q6);
+  store_rows(expert, row + 28u, column, t.q7);
 }
 
-fn store2(p: Place, row: u32, value: vec4<f32>) {
-  if (row < params.left2 & p.column < params.right) { gradient2[((p.expert * params.left2 + row) * params.right + p.column) >> 2u] = value; }
+fn store2(expert: u32, row: u32, column: u32, value: vec4<f32>) {
+  if ((row < params.left2) & (column < params.right)) { gradient2[((expert * params.left2 + row) * params.right + column) >> 2u] = value; }
 }
 
-fn store_rows2(p: Place, row: u32, q: mat4x4<f32>) {
-  store2(p, row, q[0]);
-  store2(p, row + 1u, q[1]);
-  store2(p, row + 2u, q[2]);
-  store2(p, row + 3u, q[3]);
+fn store_rows2(expert: u32, row: u32, column: u32, q: mat4x4<f32>) {
+  store2(expert, row, column, q[0]);
+  store2(expert, row + 1u, column, q[1]);
+  store2(expert, row + 2u, column, q[2]);
+  store2(expert, row + 3u, column, q[3]);
 }
 
-fn store_tile2(p: Place, row: u32, t: Tile) {
-  store_rows2(p, row, t.q0);
-  store_rows2(p, row + 4u, t.q1);
-  store_rows2(p, row + 8u, t.q2);
-  store_rows2(p, row + 12u, t.q3);
-  store_rows2(p, row + 16u, t.q4);
-  store_rows2(p, row + 20u, t.q5);
-  store_rows2(p, row + 24u, t.q6);
-  store_rows2(p, row + 28u, t.q7);
+fn store_tile2(expert: u32, row: u32, column: u32, t: Tile) {
+  store_rows2(expert, row, column, t.q0);
+  store_rows2(expert, row + 4u, column, t.q1);
+  store_rows2(expert, row + 8u, column, t.q2);
+  store_rows2(expert, row + 12u, column, t.q3);
+  store_rows2(expert, row + 16u, column, t.q4);
+  store_rows2(expert, row + 20u, column, t.q5);
+  store_rows2(expert, row + 24u, column, t.q6);
+  store_rows2(expert, row + 28u, column, t.q7);
 }

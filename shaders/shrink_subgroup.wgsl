@@ -55,7 +55,7 @@ fn weight2_block(at: vec4<u32>) -> mat4x4<f32> {
 }
 
 fn store(pair: u32, place: u32, end: u32, out: u32, value: vec4<f32>) {
-  if (place < end & out < params.out) { z[(pair * params.out + out) >> 2u] = value; }
+  if ((place < end) & (out < params.out)) { z[(pair * params.out + out) >> 2u] = value; }
 }
 
 fn store_rows(pairs: vec4<u32>, place: u32, end: u32, out: u32, q: mat4x4<f32>) {
@@ -77,7 +77,9 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
   var t = Tile();
   // no turn of the loops for pairs of no expert: they keep their zeros, and no weight is read
   let real = tile.expert < params.experts;
-  var x_at = pairs / params.share * params.in;
+  // each by itself: of a vector's division some translators make what Metal refuses
+  let rows = vec4(pairs.x / params.share, pairs.y / params.share, pairs.z / params.share, pairs.w / params.share);
+  var x_at = rows * params.in;
   var w_at = weight_at(tile.expert * params.out * params.in, out, params.in);
   let w_step = select(4u * params.out, 4u, OUT_IN);
   let end = select(0u, params.in, real);

@@ -194,6 +194,9 @@ def matrices():
             ]
         for columns, rows in itertools.product((2, 3, 4), repeat=2):
             lines.append(f"inline {scalar}{rows}x{columns} transpose({scalar}{columns}x{rows}) {{ return {{}}; }}")
+        for columns, rows, more in itertools.product((2, 3, 4), repeat=3):
+            left, right, both = (f"{scalar}{size}" for size in (f"{columns}x{rows}", f"{more}x{columns}", f"{more}x{rows}"))
+            lines.append(f"inline {both} operator*({left}, {right}) {{ return {{}}; }}")
     return lines
 
 
