@@ -1,10 +1,8 @@
 //! Compute pipelines, built once for each (shader, entry point, constants, bindings) and shared by all sessions of a device.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, PoisonError};
-
-use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
 
 use crate::device::counters::LiveCounters;
 use crate::device::gpu::Gpu;
@@ -102,25 +100,36 @@ impl Gpu {
             self.pipelines.pipelines.clear();
             self.pipelines.modules.clear();
         }
-        // On GL all calls wait for each other anyway, and a browser compiles beside us.
-        if !self.is_gl() && !cfg!(target_arch = "wasm32") {
-            let mut seen = HashSet::new();
-            let distinct: Vec<&Launch> = launches
-                .iter()
-                .copied()
-                .filter(|launch| seen.insert(Key::of(launch)))
-                .collect();
-            let built: Vec<Result<Arc<Pipeline>>> = distinct
-                .into_par_iter()
-                .with_max_len(1)
-                .map(|launch| self.pipeline(launch))
-                .collect();
-            built.into_iter().collect::<Result<Vec<_>>>()?;
-        }
+        // A browser compiles beside us.
+        #[cfg(not(target_arch = "wasm32"))]
+        self.build_in_parallel(launches)?;
         launches
             .iter()
             .map(|launch| self.pipeline(launch))
             .collect()
+    }
+
+    #[cfg(not(target_arch = "wasm32"))]
+    fn build_in_parallel(&self, launches: &[&Launch]) -> Result<()> {
+        use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
+
+        // On GL all calls wait for each other anyway.
+        if self.is_gl() {
+            return Ok(());
+        }
+        let mut seen = std::collections::HashSet::new();
+        let distinct: Vec<&Launch> = launches
+            .iter()
+            .copied()
+            .filter(|launch| seen.insert(Key::of(launch)))
+            .collect();
+        let built: Vec<Result<Arc<Pipeline>>> = distinct
+            .into_par_iter()
+            .with_max_len(1)
+            .map(|launch| self.pipeline(launch))
+            .collect();
+        // The error of the first launch in order, whichever came first in time.
+        built.into_iter().try_for_each(|built| built.map(drop))
     }
 
     fn pipeline(&self, launch: &Launch) -> Result<Arc<Pipeline>> {

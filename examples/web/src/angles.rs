@@ -116,14 +116,11 @@ impl Angles {
         let every = (self.all * slots * width).div_ceil(MOST).max(EVERY);
         let first = spot.start.next_multiple_of(every) - spot.start;
         for token in (first..spot.tokens).step_by(every) {
-            for pair in token * slots..(token + 1) * slots {
-                let row = if by_pair {
-                    pair
-                } else {
-                    experts[pair] as usize
-                };
+            let pairs = experts.iter().enumerate();
+            for (pair, &expert) in pairs.skip(token * slots).take(slots) {
+                let row = if by_pair { pair } else { expert as usize };
                 self.angles.extend_from_slice(&rows[row * width..][..width]);
-                self.experts.push(experts[pair] as u8);
+                self.experts.push(expert as u8);
                 self.languages.push(spot.language as u8);
                 self.layers.push(spot.layer as u8);
             }
