@@ -17,8 +17,9 @@ fi
 version=$(sed -n '/^name = "wasm-bindgen"$/{n;s/^version = "\(.*\)"$/\1/p;}' Cargo.lock)
 glue=$RANKMIX_TOOLS/wasm-bindgen-$version
 if [ ! -x "$glue/bin/wasm-bindgen" ]; then
+  # Not --locked: an index may not hold the very versions that its authors had.
   echo "installing wasm-bindgen-cli $version into $glue" >&2
-  cargo install --quiet --locked --version "$version" --root "$glue" wasm-bindgen-cli
+  cargo install --quiet --version "$version" --root "$glue" wasm-bindgen-cli
 fi
 
 wasm=$(built_file 'rankmix_web\.wasm' scripts/cargo_for.sh wasm32-unknown-unknown build --profile web --package rankmix-web --lib)
