@@ -12,10 +12,10 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::combine::{CombineOperands, CombineSizes};
 use crate::ops::gate_gradient::GateGradient;
-use crate::ops::matmul_kernels::subgroup_tiles;
 use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::{RowOf, expect_segments, gather, host_segments, products, weight_sizes};
 use crate::ops::shrink::{self, Shrink};
+use crate::ops::subgroup_tile::subgroup_tiles;
 use crate::ops::{
     Alias, AliasKind, HostIo, LaunchTypes, Layout, Op, Real, Segments, Work, dims_f32,
     expect_count, expect_f32, expect_i32, shader,
@@ -202,31 +202,45 @@ impl Expand {
             self.layout,
             rows,
         );
-        let mut row_of_pair: Vec<&[R]> = vec![&[]; order.len()];
-        for (pairs, part) in segments.iter().zip(&parts) {
-            for (&pair, row) in pairs.iter().zip(part.chunks(out)) {
-                row_of_pair[pair as usize] = row;
-            }
-        }
         let y = io.floats_out(0)?;
         if !self.accumulate {
             y.fill(R::zero());
         }
         let per_token = self.rows_per_token.unwrap_or(1);
-        y.par_chunks_mut(out).enumerate().for_each(|(row, y)| {
-            let token = row / per_token;
-            for pair in token * slots..(token + 1) * slots {
-                if map.is_some_and(|rows| rows[pair] as usize != row) {
-                    continue;
-                }
-                // Empty for a pair of no expert.
-                for (y, &x) in y.iter_mut().zip(row_of_pair[pair]) {
-                    *y += x;
-                }
-            }
-        });
+        add_products(y, out, (&segments, &parts), slots, per_token, map);
         Ok(())
     }
+}
+
+/// Adds the products of each segment's pairs to the rows of their tokens, slot by slot; with a map, each to the one of its token's rows that
+/// it names.
+pub(crate) fn add_products<R: Real>(
+    y: &mut [R],
+    out: usize,
+    (segments, parts): (&[&[i32]], &[Vec<R>]),
+    slots: usize,
+    rows_per_token: usize,
+    map: Option<&[i32]>,
+) {
+    let pairs = y.len() / out / rows_per_token * slots;
+    // Empty for a pair of no expert.
+    let mut row_of_pair: Vec<&[R]> = vec![&[]; pairs];
+    for (pairs, part) in segments.iter().zip(parts) {
+        for (&pair, row) in pairs.iter().zip(part.chunks(out)) {
+            row_of_pair[pair as usize] = row;
+        }
+    }
+    y.par_chunks_mut(out).enumerate().for_each(|(row, y)| {
+        let token = row / rows_per_token;
+        for pair in token * slots..(token + 1) * slots {
+            if map.is_some_and(|rows| rows[pair] as usize != row) {
+                continue;
+            }
+            for (y, &x) in y.iter_mut().zip(row_of_pair[pair]) {
+                *y += x;
+            }
+        }
+    });
 }
 
 impl Op for Expand {

@@ -1,16 +1,14 @@
 //! Two grouped expands into the same rows, `y[t] = base[t] + sum_j W[e(t, j)] z[p] + W2[e(t, j)] z2[p]` with `p = t k + j`: the gradient of
 //! rows that two grouped products read.
 
-use rayon::prelude::*;
-
 use crate::device::{Capabilities, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::host_reference;
 use crate::ops::combine::{CombineOperands, CombineSizes};
 use crate::ops::expand::{self, Expand};
-use crate::ops::matmul_kernels::subgroup_tiles;
 use crate::ops::segments::{RowOf, expect_segments, gather, host_segments, products, weight_sizes};
 use crate::ops::shrink::{self, Shrink};
+use crate::ops::subgroup_tile::subgroup_tiles;
 use crate::ops::{
     Alias, AliasKind, HostIo, LaunchTypes, Layout, Op, Real, Work, expect_count, expect_f32,
     expect_i32,
@@ -77,42 +75,17 @@ impl ExpandPair {
             ..
         } = self.sizes(&types)?;
         let segments = host_segments(io.ints(5)?, io.ints(6)?);
-        let pairs = io.ints(5)?.len();
-        let mut results: Vec<Vec<Vec<R>>> = Vec::new();
-        for (which, input) in inputs.into_iter().enumerate() {
-            let (z, weight) = (io.floats(2 * which)?, io.floats(2 * which + 1)?);
-            let rows = |pairs: &[i32]| gather(z, input, pairs, RowOf::Share(1), |_| R::one());
-            let layout = Layout::InOut;
-            results.push(products(
-                &segments[..experts],
-                weight,
-                (out, input),
-                layout,
-                rows,
-            ));
-        }
-        // Empty for a pair of no expert.
-        let mut rows_of_pair: Vec<[&[R]; 2]> = vec![[&[], &[]]; pairs];
-        for (which, result) in results.iter().enumerate() {
-            for (pairs, part) in segments.iter().zip(result) {
-                for (&pair, row) in pairs.iter().zip(part.chunks(out)) {
-                    rows_of_pair[pair as usize][which] = row;
-                }
-            }
-        }
         let y = io.floats_out(0)?;
         if !self.accumulate {
             y.fill(R::zero());
         }
-        y.par_chunks_mut(out).enumerate().for_each(|(token, y)| {
-            for rows in &rows_of_pair[token * slots..(token + 1) * slots] {
-                for row in rows {
-                    for (y, &x) in y.iter_mut().zip(*row) {
-                        *y += x;
-                    }
-                }
-            }
-        });
+        for (which, input) in inputs.into_iter().enumerate() {
+            let (z, weight) = (io.floats(2 * which)?, io.floats(2 * which + 1)?);
+            let rows = |pairs: &[i32]| gather(z, input, pairs, RowOf::Share(1), |_| R::one());
+            let layout = Layout::InOut;
+            let parts = products(&segments[..experts], weight, (out, input), layout, rows);
+            expand::add_products(y, out, (&segments, &parts), slots, 1, None);
+        }
         Ok(())
     }
 

@@ -118,8 +118,7 @@ impl Graph {
         base: Option<Value>,
     ) -> Result<Value> {
         let product = self.apply_product(Product { a, b, options }, None, base)?;
-        let matrices = self.ty(a)?.shape.rank() == 2 && self.ty(b)?.shape.rank() == 2;
-        if matrices {
+        if self.are_matrices(a, b)? {
             self.products
                 .insert(product, (Product { a, b, options }, base));
         }
@@ -138,11 +137,15 @@ impl Graph {
     /// `sum + product`, where nothing else will read `sum`: if that is itself a product, both are made by one kernel.
     pub(crate) fn matmul_onto(&mut self, sum: Option<Value>, product: Product) -> Result<Value> {
         let Product { a, b, options } = product;
-        let matrices = self.ty(a)?.shape.rank() == 2 && self.ty(b)?.shape.rank() == 2;
+        let matrices = self.are_matrices(a, b)?;
         match sum.and_then(|sum| self.products.get(&sum)) {
             Some(&(first, base)) if matrices => self.apply_product(first, Some(product), base),
             _ => self.matmul_with(a, b, options, sum),
         }
+    }
+
+    fn are_matrices(&self, a: Value, b: Value) -> Result<bool> {
+        Ok(self.ty(a)?.shape.rank() == 2 && self.ty(b)?.shape.rank() == 2)
     }
 
     fn apply_product(

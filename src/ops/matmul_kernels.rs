@@ -1,22 +1,15 @@
 //! Which kernel makes a product, and its launch.
 
-use crate::device::{AdapterClass, Capabilities, Launch, Launches, Slot};
+use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::ops::matmul::{MatMul, Sizes};
 use crate::ops::shader;
+use crate::ops::subgroup_tile::{SUBGROUP_TILE, subgroup_tiles};
 
 /// Rows and columns of the result that one invocation computes, as in `shaders/matmul.wgsl`.
 const TILE: usize = 8;
 /// Fewer workgroups than this leave a processor idle: smaller ones are made.
 const ENOUGH_GROUPS: usize = 32;
-/// Rows and columns of the result that a subgroup computes, as in `shaders/parts/subgroup_tile.wgsl`.
-pub(crate) const SUBGROUP_TILE: usize = 32;
-
-/// Whether the tiles of `shaders/parts/subgroup_tile.wgsl` suit the device.
-pub(crate) fn subgroup_tiles(capabilities: &Capabilities) -> bool {
-    capabilities.class == AdapterClass::Software && capabilities.subgroup_size == Some(8)
-}
-
 /// What is to be launched: a product, or two that are added, into a base if `accumulate`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Launched {

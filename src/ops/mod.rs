@@ -47,6 +47,7 @@ mod silu;
 mod softmax;
 mod sort;
 mod sort_block;
+mod subgroup_tile;
 mod sum;
 mod threefry;
 mod unary;

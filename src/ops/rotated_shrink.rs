@@ -6,7 +6,6 @@ use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::expand_pair::ExpandPair;
-use crate::ops::matmul_kernels::{SUBGROUP_TILE, subgroup_tiles};
 use crate::ops::rotate_planes::{self, Planes};
 use crate::ops::rotation::Kind;
 use crate::ops::segment_outer::SegmentOuterPair;
@@ -14,6 +13,7 @@ use crate::ops::segments::{
     RowOf, expect_segments, gather, host_segments, lanes, products, row_share, weight_sizes,
 };
 use crate::ops::shrink::{self, Shrink};
+use crate::ops::subgroup_tile::{SUBGROUP_TILE, subgroup_tiles};
 use crate::ops::{
     HostIo, LaunchTypes, Layout, Op, Real, Segments, Work, dims_f32, expect_count, shader,
 };

@@ -7,8 +7,8 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::host_reference;
 use crate::ops::host_gemm::{Matrix, gemm};
-use crate::ops::matmul_kernels::{SUBGROUP_TILE, subgroup_tiles};
 use crate::ops::segments::{RowOf, expect_segments, gather, host_segments, row_share};
+use crate::ops::subgroup_tile::{SUBGROUP_TILE, subgroup_tiles};
 use crate::ops::{
     HostIo, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_dtype, shader,
 };

@@ -5,11 +5,11 @@ use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::expand::Expand;
-use crate::ops::matmul_kernels::{SUBGROUP_TILE, subgroup_tiles};
 use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::{
     RowOf, expect_segments, gather, host_segments, lanes, products, row_share, weight_sizes,
 };
+use crate::ops::subgroup_tile::{SUBGROUP_TILE, subgroup_tiles};
 use crate::ops::{
     HostIo, LaunchTypes, Layout, Op, Real, Segments, Work, dims_f32, expect_count, shader,
 };
