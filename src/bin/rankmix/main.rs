@@ -5,9 +5,11 @@ mod replay;
 mod roofline;
 mod time;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use rankmix::device::TunedKernels;
 use rankmix::{Device, DeviceOptions, Precision, Result, Storage};
 
 /// Mixtures of low-rank experts on any GPU.
@@ -39,6 +41,9 @@ struct DeviceArguments {
     /// Keep bounds checks in the kernels and look for NaN and infinity after every operation.
     #[arg(long)]
     checked: bool,
+    /// Take the kernels that `rankmix tune` has found the fastest on this adapter [default: RANKMIX_KERNELS, or the built-in rules]
+    #[arg(long, value_name = "FILE")]
+    kernels: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -83,6 +88,7 @@ impl DeviceArguments {
         Device::open_with(&DeviceOptions {
             request: self.device.clone(),
             checked: self.checked,
+            kernels: self.kernels.as_ref().map(TunedKernels::load).transpose()?,
         })
     }
 }
