@@ -4,6 +4,7 @@ mod devices;
 mod replay;
 mod roofline;
 mod time;
+mod tune;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -30,6 +31,8 @@ enum Command {
     Time(time::Options),
     /// Measure the device's own limits, and how far operations and layers are from them.
     Roofline(roofline::Options),
+    /// Measure which kernels are the fastest on this adapter for a layer, and keep the choice in a file.
+    Tune(tune::Options),
 }
 
 /// Which device a command runs on.
@@ -99,6 +102,7 @@ fn main() -> ExitCode {
         Command::Replay(options) => replay::run(&options),
         Command::Time(options) => time::run(&options),
         Command::Roofline(options) => roofline::run(&options),
+        Command::Tune(options) => tune::run(options),
     };
     done.unwrap_or_else(|error| {
         eprintln!("rankmix: {error}");
