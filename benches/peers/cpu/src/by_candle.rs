@@ -27,12 +27,18 @@ fn softmax(logits: &Tensor) -> Result<Tensor> {
     powers.broadcast_div(&powers.sum_keepdim(D::Minus1)?)
 }
 
-/// The experts of each token, and the softmax of their logits scattered over all experts, zero for those not chosen.
+/// The experts of each token, and the softmax over their logits, zero for those not chosen. By a mask: Candle 0.11.1 has no gradient for
+/// `scatter_add` where the source is narrower than the target.
 fn top_k_gates(logits: &Tensor) -> Result<(Tensor, Tensor)> {
     let order = logits.detach().contiguous()?.arg_sort_last_dim(false)?;
     let chosen = order.narrow(1, 0, TOP_K)?.contiguous()?;
-    let weights = softmax(&logits.gather(&chosen, 1)?)?;
-    let gates = logits.zeros_like()?.scatter_add(&chosen, &weights, 1)?;
+    let experts = Tensor::arange(0, EXPERTS as u32, &Device::Cpu)?.reshape((1, EXPERTS))?;
+    let mut mask = logits.zeros_like()?.detach();
+    for slot in 0..TOP_K {
+        let is_chosen = chosen.narrow(1, slot, 1)?.broadcast_eq(&experts)?;
+        mask = (mask + is_chosen.to_dtype(logits.dtype())?)?;
+    }
+    let gates = softmax(&(logits + mask.affine(1e30, -1e30)?)?)?;
     Ok((chosen, gates))
 }
 
