@@ -5,9 +5,11 @@ use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host_gemm::{Matrix, gemm};
+use crate::ops::matmul_choice;
 use crate::ops::matmul_kernels::{self, Launched};
 use crate::ops::{
-    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, expect_f32,
+    Alias, AliasKind, Choice, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype,
+    expect_f32,
 };
 use crate::tensor::{DType, TensorType};
 
@@ -386,7 +388,10 @@ impl Op for MatMulOp {
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         let base = self.base();
         expect_count(self.name(), inputs, base + usize::from(self.accumulate))?;
-        for (input, side) in inputs[..self.operands()].iter().zip(["left", "right"].iter().cycle()) {
+        for (input, side) in inputs[..self.operands()]
+            .iter()
+            .zip(["left", "right"].iter().cycle())
+        {
             expect_dtype(
                 self.name(),
                 &format!("the {side} operand"),
@@ -451,6 +456,11 @@ impl Op for MatMulOp {
         } else {
             Vec::new()
         }
+    }
+
+    fn choice(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Option<Choice>> {
+        let product = self.product(io.inputs)?;
+        Ok(Some(matmul_choice::choice(&product, capabilities)))
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {

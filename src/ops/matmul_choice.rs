@@ -1,7 +1,8 @@
 //! Which kernel makes a product: the kernels there are, which can do a shape, and which is taken where nothing was measured.
 
 use crate::device::{AdapterClass, Capabilities};
-use crate::ops::matmul::Sizes;
+use crate::ops::Choice;
+use crate::ops::matmul::{MatMul, Sizes};
 use crate::ops::matmul_kernels::Launched;
 use crate::ops::subgroup_tile::subgroup_tiles;
 
@@ -35,7 +36,7 @@ impl Kernel {
         Self::SplitParts,
     ];
 
-    /// The name in tables and in [`Capabilities::choices`].
+    /// The name in tables and in [`Capabilities::kernels`].
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Subgroup => "subgroup",
@@ -48,7 +49,7 @@ impl Kernel {
         }
     }
 
-    /// Whether it can make the product there at all, or makes another of the kernels pointless.
+    /// Whether it can make the product there, and may be the fastest to do it.
     fn suits(self, sizes: &Sizes, capabilities: &Capabilities) -> bool {
         match self {
             Self::Subgroup => subgroup_tiles(capabilities),
@@ -153,7 +154,7 @@ impl Split {
 /// | GPU | else, fewer than half of 16,384 invocations | split in parts | a processor does not fill a GPU |
 ///
 /// Tiles are counted only where both m and n are 32 at least: of a skinny result the tiles would be mostly empty.
-pub(crate) fn default_kernel(product: &Launched, capabilities: &Capabilities) -> Kernel {
+fn default_kernel(product: &Launched, capabilities: &Capabilities) -> Kernel {
     let sizes = &product.first.1;
     let Sizes { batch, m, n, k, .. } = *sizes;
     if capabilities.class == AdapterClass::Software {
@@ -187,11 +188,157 @@ pub(crate) fn default_kernel(product: &Launched, capabilities: &Capabilities) ->
     }
 }
 
+/// What the choice depends on: `matmul nt 512 x 1024 x 64` is `[512, 64]` times `[1024, 64]` transposed. A batch stands in front; what follows
+/// says which operand all entries share, how long the k of a second product is, and whether there is a bias or a base.
+fn key(product: &Launched) -> String {
+    let transposes = |options: MatMul| {
+        let letter = |transposed: bool| if transposed { 't' } else { 'n' };
+        [letter(options.transpose_a), letter(options.transpose_b)]
+    };
+    let (options, sizes) = product.first;
+    let Sizes { batch, m, n, k, .. } = sizes;
+    let mut key = String::from("matmul ");
+    key.extend(transposes(options));
+    if sizes.a_batched || sizes.b_batched {
+        key += &format!(" {batch} of");
+    }
+    key += &format!(" {m} x {n} x {k}");
+    match (sizes.a_batched, sizes.b_batched) {
+        (false, true) => key += " left shared",
+        (true, false) => key += " right shared",
+        (true, true) | (false, false) => {}
+    }
+    if let Some((options, sizes)) = product.second {
+        key += " + ";
+        key.extend(transposes(options));
+        key += &format!(" {}", sizes.k);
+    }
+    if product.bias.is_some() {
+        key += " with bias";
+    }
+    if product.accumulate {
+        key += " onto";
+    }
+    key
+}
+
 /// The kernels that can make a product, the default first.
-pub(crate) fn candidates(product: &Launched, capabilities: &Capabilities) -> Vec<Kernel> {
+fn candidates(product: &Launched, capabilities: &Capabilities) -> impl Iterator<Item = Kernel> {
     let first = default_kernel(product, capabilities);
-    let others = Kernel::ALL.into_iter().filter(|&kernel| {
-        kernel != first && kernel.suits(&product.first.1, capabilities)
-    });
-    [first].into_iter().chain(others).collect()
+    let others = Kernel::ALL
+        .into_iter()
+        .filter(move |&kernel| kernel != first && kernel.suits(&product.first.1, capabilities));
+    [first].into_iter().chain(others)
+}
+
+pub(crate) fn choice(product: &Launched, capabilities: &Capabilities) -> Choice {
+    Choice {
+        key: key(product),
+        kernels: candidates(product, capabilities)
+            .map(Kernel::name)
+            .collect(),
+    }
+}
+
+/// The kernel that the capabilities name for the product, if it is a candidate, or else the default.
+pub(crate) fn chosen(product: &Launched, capabilities: &Capabilities) -> Kernel {
+    let mut candidates = candidates(product, capabilities);
+    let named = if capabilities.kernels.is_empty() {
+        None
+    } else {
+        let name = capabilities.kernels.get(&key(product));
+        name.and_then(|name| candidates.find(|kernel| kernel.name() == name))
+    };
+    named.unwrap_or_else(|| default_kernel(product, capabilities))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Kernel, Split, choice, default_kernel};
+    use crate::device::{AdapterClass, Capabilities};
+    use crate::ops::matmul::{MatMul, Sizes};
+    use crate::ops::matmul_kernels::Launched;
+
+    fn product([m, n, k]: [usize; 3]) -> Launched {
+        let sizes = Sizes {
+            batch: 1,
+            m,
+            n,
+            k,
+            a_batched: false,
+            b_batched: false,
+        };
+        let options = MatMul {
+            transpose_b: true,
+            ..MatMul::default()
+        };
+        Launched {
+            first: (options, sizes),
+            second: None,
+            bias: None,
+            accumulate: false,
+        }
+    }
+
+    fn of_class(class: AdapterClass) -> Capabilities {
+        Capabilities {
+            class,
+            ..Capabilities::webgpu_defaults()
+        }
+    }
+
+    #[test]
+    fn the_table_is_followed() {
+        use AdapterClass::{Discrete, Integrated, Software};
+        for (class, sizes, kernel) in [
+            (Software, [512, 1024, 1024], Kernel::Direct8),
+            (Discrete, [512, 1024, 1024], Kernel::Staged64),
+            (Discrete, [512, 1024, 16], Kernel::Staged64),
+            (Discrete, [512, 1024, 8], Kernel::Direct4),
+            (Discrete, [512, 256, 1024], Kernel::Staged32),
+            (Integrated, [512, 256, 1024], Kernel::Staged64),
+            (Discrete, [64, 64, 48], Kernel::Direct4),
+            (Discrete, [512, 16, 1024], Kernel::Split),
+            (Discrete, [1, 1024, 1024], Kernel::Split),
+            (Discrete, [16, 16, 4096], Kernel::SplitParts),
+        ] {
+            let found = default_kernel(&product(sizes), &of_class(class));
+            assert_eq!(found, kernel, "{class:?} {sizes:?}");
+        }
+    }
+
+    #[test]
+    fn the_parts_of_k_are_all_of_it_once() {
+        for k in [1, 63, 64, 100, 1000, 1024, 4097] {
+            for m in [1, 2, 5, 64] {
+                let sizes = product([m, 12, k]).first.1;
+                for split in [Split::whole(&sizes), Split::in_parts(&sizes)] {
+                    let Split {
+                        lanes, parts, part, ..
+                    } = split;
+                    assert_eq!(lanes.iter().product::<usize>(), 64, "{split:?}");
+                    assert!((parts - 1) * part < k && k <= parts * part, "{split:?}");
+                    assert!(parts == 1 || part % (4 * lanes[2]) == 0, "{split:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_key_says_what_the_choice_depends_on() {
+        let mut launched = product([512, 1024, 64]);
+        launched.accumulate = true;
+        launched.bias = Some(2);
+        let choice = choice(&launched, &of_class(AdapterClass::Discrete));
+        assert_eq!(choice.key, "matmul nt 512 x 1024 x 64 with bias onto");
+        assert_eq!(choice.kernels[0], Kernel::Staged64.name());
+        launched.first.1.batch = 3;
+        launched.first.1.a_batched = true;
+        launched.second = Some((MatMul::default(), launched.first.1));
+        let choice = super::choice(&launched, &of_class(AdapterClass::Discrete));
+        assert_eq!(
+            choice.key,
+            "matmul nt 3 of 512 x 1024 x 64 right shared + nn 64 with bias onto"
+        );
+    }
 }

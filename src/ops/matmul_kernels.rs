@@ -3,7 +3,7 @@
 use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::ops::matmul::{MatMul, Sizes};
-use crate::ops::matmul_choice::{Kernel, Split, default_kernel};
+use crate::ops::matmul_choice::{Kernel, Split, chosen};
 use crate::ops::shader;
 use crate::ops::subgroup_tile::SUBGROUP_TILE;
 
@@ -93,10 +93,7 @@ fn aligned(options: MatMul, sizes: &Sizes) -> bool {
 }
 
 pub(crate) fn launches(product: &Launched, capabilities: &Capabilities) -> Result<Launches> {
-    by(default_kernel(product, capabilities), product, capabilities)
-}
-
-fn by(kernel: Kernel, product: &Launched, capabilities: &Capabilities) -> Result<Launches> {
+    let kernel = chosen(product, capabilities);
     match kernel {
         Kernel::Subgroup => by_subgroups(product, capabilities),
         Kernel::Staged64 => Ok(staged(product, 64, capabilities)?.into()),
@@ -198,7 +195,11 @@ fn staged(product: &Launched, side: usize, capabilities: &Capabilities) -> Resul
     let (options, sizes) = product.first;
     let Sizes { batch, m, n, k, .. } = sizes;
     let (second_options, second_sizes) = product.second.unwrap_or(product.first);
-    let (a2, b2) = if product.second.is_some() { (2, 3) } else { (0, 1) };
+    let (a2, b2) = if product.second.is_some() {
+        (2, 3)
+    } else {
+        (0, 1)
+    };
     let first_aligned = aligned_rows(options, &sizes);
     let second_aligned = aligned_rows(second_options, &second_sizes);
     let [aligned_a, aligned_b] = [0, 1].map(|side| first_aligned[side] && second_aligned[side]);
