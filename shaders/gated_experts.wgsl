@@ -9,15 +9,17 @@
 //               order: pairs sorted by expert;  offsets: where each segment's pairs start;  gate, up, h: [pairs, out], by pair.
 //               There may be one segment more than experts: its pairs belong to none and get zeros.
 //               x and weights are read as vec4s (ALIGNED: every row starts at a multiple of 4), or element by element.
-// Grid          plan: one invocation a word.  forward: one workgroup for LANES_PAIRS x LANES_OUT tiles of 8 pairs x 4 outputs; tiles
+// Grid          plan: one invocation a word.  forward: one workgroup for LANES_PAIRS x LANES_OUT tiles of PAIRS x 4 outputs; tiles
 //               of all segments, an upper bound of them, times the tiles along out.  Folded into (x, y).
 // Work          both products and their activation are one kernel: gate and up are written for the backward pass but never read
-//               here. An invocation keeps 16 named vec4s and goes through in by 4: 16 vec4 loads with SHARED, 256 multiply-adds.
+//               here. An invocation keeps a tile of either in named vec4s and goes through in by 4: with SHARED 12 vec4 loads for 128
+//               multiply-adds, or with PAIRS = 8 16 for 256. Eight pairs spill on the Apple M1: they are for software adapters.
 //               A kernel may bind 8 storage buffers everywhere: that is why plan puts three tables into one.
 
 override WORKGROUP: u32 = 64u;
 override LANES_PAIRS: u32 = 8u;
 override LANES_OUT: u32 = 8u;
+override PAIRS: u32 = 4u; // or 8
 override ALIGNED: bool = true;
 override GATED: bool = true;
 override SHARED: bool = true;
@@ -110,51 +112,36 @@ fn up_weight_block(at: u32, left: u32) -> vec4<f32> {
   return block;
 }
 
-// Eight pairs, four outputs each.
+// Four pairs, four outputs each.
 struct Tile {
-  r0: vec4<f32>, r1: vec4<f32>, r2: vec4<f32>, r3: vec4<f32>, r4: vec4<f32>, r5: vec4<f32>, r6: vec4<f32>, r7: vec4<f32>,
+  r0: vec4<f32>, r1: vec4<f32>, r2: vec4<f32>, r3: vec4<f32>,
 }
 
-// Four columns of eight rows of x.
-struct Rows {
-  r0: vec4<f32>, r1: vec4<f32>, r2: vec4<f32>, r3: vec4<f32>, r4: vec4<f32>, r5: vec4<f32>, r6: vec4<f32>, r7: vec4<f32>,
+// x: four columns of four rows, one a column of the matrix.
+fn multiply_add(t: ptr<function, Tile>, w: mat4x4<f32>, x: mat4x4<f32>) {
+  (*t).r0 += w * x[0];
+  (*t).r1 += w * x[1];
+  (*t).r2 += w * x[2];
+  (*t).r3 += w * x[3];
 }
 
-// Where eight rows of x start.
-struct Starts {
-  r0: u32, r1: u32, r2: u32, r3: u32, r4: u32, r5: u32, r6: u32, r7: u32,
+fn gate_rows(at: vec4<u32>, left: u32) -> mat4x4<f32> {
+  return mat4x4(gate_x_block(at.x, left), gate_x_block(at.y, left), gate_x_block(at.z, left), gate_x_block(at.w, left));
 }
 
-fn multiply_add(t: ptr<function, Tile>, w: mat4x4<f32>, x: Rows) {
-  (*t).r0 += w * x.r0;
-  (*t).r1 += w * x.r1;
-  (*t).r2 += w * x.r2;
-  (*t).r3 += w * x.r3;
-  (*t).r4 += w * x.r4;
-  (*t).r5 += w * x.r5;
-  (*t).r6 += w * x.r6;
-  (*t).r7 += w * x.r7;
+fn up_rows(at: vec4<u32>, left: u32) -> mat4x4<f32> {
+  return mat4x4(up_x_block(at.x, left), up_x_block(at.y, left), up_x_block(at.z, left), up_x_block(at.w, left));
 }
 
-fn gate_rows(at: Starts, i: u32, left: u32) -> Rows {
-  return Rows(gate_x_block(at.r0 + i, left), gate_x_block(at.r1 + i, left), gate_x_block(at.r2 + i, left),
-    gate_x_block(at.r3 + i, left), gate_x_block(at.r4 + i, left), gate_x_block(at.r5 + i, left),
-    gate_x_block(at.r6 + i, left), gate_x_block(at.r7 + i, left));
-}
-
-fn up_rows(at: Starts, i: u32, left: u32) -> Rows {
-  return Rows(up_x_block(at.r0 + i, left), up_x_block(at.r1 + i, left), up_x_block(at.r2 + i, left),
-    up_x_block(at.r3 + i, left), up_x_block(at.r4 + i, left), up_x_block(at.r5 + i, left),
-    up_x_block(at.r6 + i, left), up_x_block(at.r7 + i, left));
-}
-
-// Eight rows are clamped to the end of the segment: those past it compute what the last one does and are not stored.
+// Places are clamped to the end of the segment: those past it compute what the last one does and are not stored.
 fn pair_at(place: u32, last: u32) -> u32 {
   return table[params.segments + 1u + min(place, last)];
 }
 
-fn start_at(place: u32, last: u32) -> u32 {
-  return table[params.segments + 1u + params.pairs + min(place, last)] * params.in;
+// Where four rows of x start.
+fn starts_at(place: u32, last: u32) -> vec4<u32> {
+  let reads = params.segments + 1u + params.pairs + min(vec4(place, place + 1u, place + 2u, place + 3u), vec4(last));
+  return vec4(table[reads.x], table[reads.y], table[reads.z], table[reads.w]) * params.in;
 }
 
 fn store_row(place: u32, end: u32, out: u32, g: vec4<f32>, u: vec4<f32>) {
@@ -184,17 +171,24 @@ fn store_row(place: u32, end: u32, out: u32, g: vec4<f32>, u: vec4<f32>) {
   }
 }
 
+fn store_tile(place: u32, end: u32, out: u32, g: Tile, u: Tile) {
+  store_row(place, end, out, g.r0, u.r0);
+  store_row(place + 1u, end, out, g.r1, u.r1);
+  store_row(place + 2u, end, out, g.r2, u.r2);
+  store_row(place + 3u, end, out, g.r3, u.r3);
+}
+
 @compute @workgroup_size(LANES_OUT, LANES_PAIRS)
 fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
   let group = workgroup.y * params.groups_per_row + workgroup.x;
-  let tile = find_tile(group / params.out_groups, LANES_PAIRS * 8u);
+  let tile = find_tile(group / params.out_groups, LANES_PAIRS * PAIRS);
   let out = ((group % params.out_groups) * LANES_OUT + local.x) * 4u;
-  let place = tile.first + local.y * 8u;
+  let place = tile.first + local.y * PAIRS;
   if (!tile.found || out >= params.out || place >= tile.end) { return; }
 
   let last = tile.end - 1u;
-  let at = Starts(start_at(place, last), start_at(place + 1u, last), start_at(place + 2u, last), start_at(place + 3u, last),
-    start_at(place + 4u, last), start_at(place + 5u, last), start_at(place + 6u, last), start_at(place + 7u, last));
+  let at = starts_at(place, last);
+  let below_at = starts_at(place + 4u, last);
   let last_out = params.out - 1u;
   let base = tile.expert * params.out * params.in;
   let w0 = base + out * params.in;
@@ -204,25 +198,31 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 
   var g = Tile();
   var u = Tile();
+  var g_below = Tile();
+  var u_below = Tile();
   // no turn of the loop for pairs of no expert: they keep their zeros, and no weight is read
   let end = select(0u, params.in, tile.expert < params.experts);
   for (var i = 0u; i < end; i += 4u) {
     let left = params.in - i;
-    let x = gate_rows(at, i, left);
-    multiply_add(&g, transpose(mat4x4(gate_weight_block(w0 + i, left), gate_weight_block(w1 + i, left),
-      gate_weight_block(w2 + i, left), gate_weight_block(w3 + i, left))), x);
+    let x = gate_rows(at + i, left);
+    var x_below = mat4x4<f32>();
+    if (PAIRS == 8u) { x_below = gate_rows(below_at + i, left); }
+    let gate_w = transpose(mat4x4(gate_weight_block(w0 + i, left), gate_weight_block(w1 + i, left),
+      gate_weight_block(w2 + i, left), gate_weight_block(w3 + i, left)));
+    multiply_add(&g, gate_w, x);
+    if (PAIRS == 8u) { multiply_add(&g_below, gate_w, x_below); }
     if (GATED) {
-      let w = transpose(mat4x4(up_weight_block(w0 + i, left), up_weight_block(w1 + i, left),
+      let up_w = transpose(mat4x4(up_weight_block(w0 + i, left), up_weight_block(w1 + i, left),
         up_weight_block(w2 + i, left), up_weight_block(w3 + i, left)));
-      if (SHARED) { multiply_add(&u, w, x); } else { multiply_add(&u, w, up_rows(at, i, left)); }
+      if (SHARED) {
+        multiply_add(&u, up_w, x);
+        if (PAIRS == 8u) { multiply_add(&u_below, up_w, x_below); }
+      } else {
+        multiply_add(&u, up_w, up_rows(at + i, left));
+        if (PAIRS == 8u) { multiply_add(&u_below, up_w, up_rows(below_at + i, left)); }
+      }
     }
   }
-  store_row(place, tile.end, out, g.r0, u.r0);
-  store_row(place + 1u, tile.end, out, g.r1, u.r1);
-  store_row(place + 2u, tile.end, out, g.r2, u.r2);
-  store_row(place + 3u, tile.end, out, g.r3, u.r3);
-  store_row(place + 4u, tile.end, out, g.r4, u.r4);
-  store_row(place + 5u, tile.end, out, g.r5, u.r5);
-  store_row(place + 6u, tile.end, out, g.r6, u.r6);
-  store_row(place + 7u, tile.end, out, g.r7, u.r7);
+  store_tile(place, tile.end, out, g, u);
+  if (PAIRS == 8u) { store_tile(place + 4u, tile.end, out, g_below, u_below); }
 }

@@ -1,22 +1,25 @@
-// Matrix products:   c = alpha op(a) op(b)    or    c += alpha op(a) op(b)
+// Matrix products:   c = alpha op(a) op(b)  [+ bias[n]  with BIAS]    or    c += the same, with ACCUMULATE
 //
 //   op(a): [m, k], stored [m, k], or [k, m] with TRANSPOSE_A;   op(b): [k, n], stored [k, n], or [n, k] with TRANSPOSE_B
 //
 // Layouts       row-major; a and b are read as vec4s of neighbours in a row (ALIGNED: every row starts at a multiple of 4), or
 //               element by element. A batch steps by a_batch and b_batch elements (0: the operand is shared) and m n of c.
-// Grid          one workgroup for LANES_M x LANES_N tiles of 8 x 8 of c, all tiles of a batch entry, all entries; folded into (x, y).
-// Work          an invocation keeps its tile in 16 named vec4s and goes through k in steps of 4: 16 vec4 loads, 256 multiply-adds.
-//               Tiles inside the matrix take the first loop; the second, guarded one does the edges and the end of k. They are two
+// Grid          one workgroup for LANES_M x LANES_N tiles of ROWS x 8 of c, all tiles of a batch entry, all entries; folded into (x, y).
+// Work          an invocation keeps its tile in named vec4s and goes through k in steps of 4: with ROWS = 4 12 vec4 loads for 128
+//               multiply-adds, with 8 16 for 256. Eight rows are half of all registers on some GPUs, and spill: they are for software
+//               adapters. Tiles inside the matrix take the first loop; the second, guarded one does the edges and the end of k. They are two
 //               loops rather than a branch, because software adapters run both sides of a branch but no loop of zero turns.
 //               Where the sizes are multiples of the tile, EDGES = false leaves the second out: it is most of the compile time.
 
 override LANES_M: u32 = 8u;
 override LANES_N: u32 = 8u;
+override ROWS: u32 = 4u; // or 8
 override TRANSPOSE_A: bool = false;
 override TRANSPOSE_B: bool = false;
 override ALIGNED: bool = true;
 override EDGES: bool = true;
 override ACCUMULATE: bool = false;
+override BIAS: bool = false;
 
 struct Params {
   m: u32,
@@ -35,16 +38,11 @@ struct Params {
 @group(0) @binding(1) var<storage, read> a: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> b: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read_write> c: array<f32>;
+@group(0) @binding(4) var<storage, read> bias: array<f32>;
 
-// Eight rows of eight: row i is (li, hi).
+// Four rows of eight: row i is (li, hi).
 struct Tile {
   l0: vec4<f32>, h0: vec4<f32>, l1: vec4<f32>, h1: vec4<f32>, l2: vec4<f32>, h2: vec4<f32>, l3: vec4<f32>, h3: vec4<f32>,
-  l4: vec4<f32>, h4: vec4<f32>, l5: vec4<f32>, h5: vec4<f32>, l6: vec4<f32>, h6: vec4<f32>, l7: vec4<f32>, h7: vec4<f32>,
-}
-
-// Eight rows of a, four columns (along k).
-struct Rows {
-  r0: vec4<f32>, r1: vec4<f32>, r2: vec4<f32>, r3: vec4<f32>, r4: vec4<f32>, r5: vec4<f32>, r6: vec4<f32>, r7: vec4<f32>,
 }
 
 // Four rows of b (along k), eight columns.
@@ -82,33 +80,27 @@ fn b_guarded(base: u32, row: u32, column: u32, rows: u32, columns: u32) -> vec4<
     b_element(index + 2u, inside & (column + 2u < columns)), b_element(index + 3u, inside & (column + 3u < columns)));
 }
 
-fn a_rows(base: u32, row: u32, k: u32) -> Rows {
+// Four rows of a (the columns of the matrix), four columns (along k).
+fn a_rows(base: u32, row: u32, k: u32) -> mat4x4<f32> {
   if (TRANSPOSE_A) {
     let at = (base + k * params.m + row) >> 2u;
     let step = params.m >> 2u;
-    let low = transpose(mat4x4(a[at], a[at + step], a[at + 2u * step], a[at + 3u * step]));
-    let high = transpose(mat4x4(a[at + 1u], a[at + step + 1u], a[at + 2u * step + 1u], a[at + 3u * step + 1u]));
-    return Rows(low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]);
+    return transpose(mat4x4(a[at], a[at + step], a[at + 2u * step], a[at + 3u * step]));
   }
   let at = (base + row * params.k + k) >> 2u;
   let step = params.k >> 2u;
-  return Rows(a[at], a[at + step], a[at + 2u * step], a[at + 3u * step],
-    a[at + 4u * step], a[at + 5u * step], a[at + 6u * step], a[at + 7u * step]);
+  return mat4x4(a[at], a[at + step], a[at + 2u * step], a[at + 3u * step]);
 }
 
-fn a_rows_guarded(base: u32, row: u32, k: u32) -> Rows {
+fn a_rows_guarded(base: u32, row: u32, k: u32) -> mat4x4<f32> {
   let m = params.m;
   let kk = params.k;
   if (TRANSPOSE_A) {
-    let low = transpose(mat4x4(a_guarded(base, k, row, kk, m), a_guarded(base, k + 1u, row, kk, m),
+    return transpose(mat4x4(a_guarded(base, k, row, kk, m), a_guarded(base, k + 1u, row, kk, m),
       a_guarded(base, k + 2u, row, kk, m), a_guarded(base, k + 3u, row, kk, m)));
-    let high = transpose(mat4x4(a_guarded(base, k, row + 4u, kk, m), a_guarded(base, k + 1u, row + 4u, kk, m),
-      a_guarded(base, k + 2u, row + 4u, kk, m), a_guarded(base, k + 3u, row + 4u, kk, m)));
-    return Rows(low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]);
   }
-  return Rows(a_guarded(base, row, k, m, kk), a_guarded(base, row + 1u, k, m, kk), a_guarded(base, row + 2u, k, m, kk),
-    a_guarded(base, row + 3u, k, m, kk), a_guarded(base, row + 4u, k, m, kk), a_guarded(base, row + 5u, k, m, kk),
-    a_guarded(base, row + 6u, k, m, kk), a_guarded(base, row + 7u, k, m, kk));
+  return mat4x4(a_guarded(base, row, k, m, kk), a_guarded(base, row + 1u, k, m, kk),
+    a_guarded(base, row + 2u, k, m, kk), a_guarded(base, row + 3u, k, m, kk));
 }
 
 fn b_columns(base: u32, column: u32, k: u32) -> Columns {
@@ -141,23 +133,15 @@ fn b_columns_guarded(base: u32, column: u32, k: u32) -> Columns {
     b_guarded(base, k + 3u, column, kk, n), b_guarded(base, k + 3u, column + 4u, kk, n));
 }
 
-fn multiply_add(t: ptr<function, Tile>, x: Rows, y: Columns) {
-  (*t).l0 += x.r0.x * y.l0 + x.r0.y * y.l1 + x.r0.z * y.l2 + x.r0.w * y.l3;
-  (*t).h0 += x.r0.x * y.h0 + x.r0.y * y.h1 + x.r0.z * y.h2 + x.r0.w * y.h3;
-  (*t).l1 += x.r1.x * y.l0 + x.r1.y * y.l1 + x.r1.z * y.l2 + x.r1.w * y.l3;
-  (*t).h1 += x.r1.x * y.h0 + x.r1.y * y.h1 + x.r1.z * y.h2 + x.r1.w * y.h3;
-  (*t).l2 += x.r2.x * y.l0 + x.r2.y * y.l1 + x.r2.z * y.l2 + x.r2.w * y.l3;
-  (*t).h2 += x.r2.x * y.h0 + x.r2.y * y.h1 + x.r2.z * y.h2 + x.r2.w * y.h3;
-  (*t).l3 += x.r3.x * y.l0 + x.r3.y * y.l1 + x.r3.z * y.l2 + x.r3.w * y.l3;
-  (*t).h3 += x.r3.x * y.h0 + x.r3.y * y.h1 + x.r3.z * y.h2 + x.r3.w * y.h3;
-  (*t).l4 += x.r4.x * y.l0 + x.r4.y * y.l1 + x.r4.z * y.l2 + x.r4.w * y.l3;
-  (*t).h4 += x.r4.x * y.h0 + x.r4.y * y.h1 + x.r4.z * y.h2 + x.r4.w * y.h3;
-  (*t).l5 += x.r5.x * y.l0 + x.r5.y * y.l1 + x.r5.z * y.l2 + x.r5.w * y.l3;
-  (*t).h5 += x.r5.x * y.h0 + x.r5.y * y.h1 + x.r5.z * y.h2 + x.r5.w * y.h3;
-  (*t).l6 += x.r6.x * y.l0 + x.r6.y * y.l1 + x.r6.z * y.l2 + x.r6.w * y.l3;
-  (*t).h6 += x.r6.x * y.h0 + x.r6.y * y.h1 + x.r6.z * y.h2 + x.r6.w * y.h3;
-  (*t).l7 += x.r7.x * y.l0 + x.r7.y * y.l1 + x.r7.z * y.l2 + x.r7.w * y.l3;
-  (*t).h7 += x.r7.x * y.h0 + x.r7.y * y.h1 + x.r7.z * y.h2 + x.r7.w * y.h3;
+fn multiply_add(t: ptr<function, Tile>, x: mat4x4<f32>, y: Columns) {
+  (*t).l0 += x[0].x * y.l0 + x[0].y * y.l1 + x[0].z * y.l2 + x[0].w * y.l3;
+  (*t).h0 += x[0].x * y.h0 + x[0].y * y.h1 + x[0].z * y.h2 + x[0].w * y.h3;
+  (*t).l1 += x[1].x * y.l0 + x[1].y * y.l1 + x[1].z * y.l2 + x[1].w * y.l3;
+  (*t).h1 += x[1].x * y.h0 + x[1].y * y.h1 + x[1].z * y.h2 + x[1].w * y.h3;
+  (*t).l2 += x[2].x * y.l0 + x[2].y * y.l1 + x[2].z * y.l2 + x[2].w * y.l3;
+  (*t).h2 += x[2].x * y.h0 + x[2].y * y.h1 + x[2].z * y.h2 + x[2].w * y.h3;
+  (*t).l3 += x[3].x * y.l0 + x[3].y * y.l1 + x[3].z * y.l2 + x[3].w * y.l3;
+  (*t).h3 += x[3].x * y.h0 + x[3].y * y.h1 + x[3].z * y.h2 + x[3].w * y.h3;
 }
 
 fn store(index: u32, inside: bool, value: f32) {
@@ -166,20 +150,37 @@ fn store(index: u32, inside: bool, value: f32) {
   }
 }
 
+// Four of the bias; those past the last column are not stored.
+fn bias_at(column: u32) -> vec4<f32> {
+  var four = vec4(0.0);
+  if (BIAS) {
+    let last = params.n - 1u;
+    four = vec4(bias[min(column, last)], bias[min(column + 1u, last)], bias[min(column + 2u, last)], bias[min(column + 3u, last)]);
+  }
+  return four;
+}
+
 fn store_row(base: u32, row: u32, column: u32, low: vec4<f32>, high: vec4<f32>) {
   let index = base + row * params.n + column;
   // nothing is left in a row past the last
   let left = select(0u, params.n - min(column, params.n), row < params.m);
-  let l = params.alpha * low;
-  let h = params.alpha * high;
-  store(index, left > 0u, l.x);
-  store(index + 1u, left > 1u, l.y);
-  store(index + 2u, left > 2u, l.z);
-  store(index + 3u, left > 3u, l.w);
-  store(index + 4u, left > 4u, h.x);
-  store(index + 5u, left > 5u, h.y);
-  store(index + 6u, left > 6u, h.z);
-  store(index + 7u, left > 7u, h.w);
+  store(index, left > 0u, low.x);
+  store(index + 1u, left > 1u, low.y);
+  store(index + 2u, left > 2u, low.z);
+  store(index + 3u, left > 3u, low.w);
+  store(index + 4u, left > 4u, high.x);
+  store(index + 5u, left > 5u, high.y);
+  store(index + 6u, left > 6u, high.z);
+  store(index + 7u, left > 7u, high.w);
+}
+
+fn store_tile(base: u32, row: u32, column: u32, t: Tile) {
+  let low = bias_at(column);
+  let high = bias_at(column + 4u);
+  store_row(base, row, column, params.alpha * t.l0 + low, params.alpha * t.h0 + high);
+  store_row(base, row + 1u, column, params.alpha * t.l1 + low, params.alpha * t.h1 + high);
+  store_row(base, row + 2u, column, params.alpha * t.l2 + low, params.alpha * t.h2 + high);
+  store_row(base, row + 3u, column, params.alpha * t.l3 + low, params.alpha * t.h3 + high);
 }
 
 @compute @workgroup_size(LANES_N, LANES_M)
@@ -189,32 +190,31 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
   let rest = group / params.n_groups;
   let m_group = rest % params.m_groups;
   let entry = rest / params.m_groups;
-  let row = (m_group * LANES_M + local.y) * 8u;
+  let row = (m_group * LANES_M + local.y) * ROWS;
   let column = (n_group * LANES_N + local.x) * 8u;
   if (entry >= params.batch || row >= params.m || column >= params.n) { return; }
   let a_base = entry * params.a_batch;
   let b_base = entry * params.b_batch;
   // a batch entry that does not start at a multiple of 4 elements has no aligned rows
-  let interior = !EDGES || (ALIGNED && row + 8u <= params.m && column + 8u <= params.n && ((a_base | b_base) & 3u) == 0u);
+  let interior = !EDGES || (ALIGNED && row + ROWS <= params.m && column + 8u <= params.n && ((a_base | b_base) & 3u) == 0u);
   let fast_end = select(0u, params.k & ~3u, interior);
 
   var tile = Tile();
+  var below = Tile();
   for (var k = 0u; k < fast_end; k += 4u) {
-    multiply_add(&tile, a_rows(a_base, row, k), b_columns(b_base, column, k));
+    let columns = b_columns(b_base, column, k);
+    multiply_add(&tile, a_rows(a_base, row, k), columns);
+    if (ROWS == 8u) { multiply_add(&below, a_rows(a_base, row + 4u, k), columns); }
   }
   if (EDGES) {
     for (var k = fast_end; k < params.k; k += 4u) {
-      multiply_add(&tile, a_rows_guarded(a_base, row, k), b_columns_guarded(b_base, column, k));
+      let columns = b_columns_guarded(b_base, column, k);
+      multiply_add(&tile, a_rows_guarded(a_base, row, k), columns);
+      if (ROWS == 8u) { multiply_add(&below, a_rows_guarded(a_base, row + 4u, k), columns); }
     }
   }
 
   let c_base = entry * params.m * params.n;
-  store_row(c_base, row, column, tile.l0, tile.h0);
-  store_row(c_base, row + 1u, column, tile.l1, tile.h1);
-  store_row(c_base, row + 2u, column, tile.l2, tile.h2);
-  store_row(c_base, row + 3u, column, tile.l3, tile.h3);
-  store_row(c_base, row + 4u, column, tile.l4, tile.h4);
-  store_row(c_base, row + 5u, column, tile.l5, tile.h5);
-  store_row(c_base, row + 6u, column, tile.l6, tile.h6);
-  store_row(c_base, row + 7u, column, tile.l7, tile.h7);
+  store_tile(c_base, row, column, tile);
+  if (ROWS == 8u) { store_tile(c_base, row + 4u, column, below); }
 }

@@ -1,6 +1,6 @@
 // Matrix products on software adapters, in the tiles of parts/subgroup_tile.wgsl:
 //
-//   c = alpha op(a) op(b)  [+ alpha2 op(a2) op(b2)  with SECOND]     or    c += the same, with ACCUMULATE
+//   c = alpha op(a) op(b)  [+ alpha2 op(a2) op(b2)  with SECOND]  [+ bias[n]  with BIAS]     or    c += the same, with ACCUMULATE
 //
 //   op(a): [m, k], stored [m, k], or [k, m] with TRANSPOSE_A;   op(b): [k, n], stored [k, n], or [n, k] with TRANSPOSE_B
 //
@@ -22,6 +22,7 @@ override SECOND: bool = false;
 override TALL: bool = true;
 override BROAD: bool = false;
 override ACCUMULATE: bool = false;
+override BIAS: bool = false;
 
 struct Params {
   m: u32,
@@ -45,6 +46,7 @@ struct Params {
 @group(0) @binding(4) var<storage, read_write> elements: array<f32>;   // narrow only: c
 @group(0) @binding(5) var<storage, read> a2: array<vec4<f32>>;
 @group(0) @binding(6) var<storage, read> b2: array<vec4<f32>>;
+@group(0) @binding(7) var<storage, read> bias: array<f32>;
 
 // Where the four rows (or, transposed, the four of k) of a lane's block start.
 fn block_at(base: u32, first: u32, last: u32, length: u32, transposed: bool) -> vec4<u32> {
@@ -116,6 +118,21 @@ fn scale_tile(t: ptr<function, Tile>, factor: f32) {
   (*t).q5 *= factor;
   (*t).q6 *= factor;
   (*t).q7 *= factor;
+}
+
+// Adds the bias of a lane's four columns to every row of a tile; columns past the last are not stored.
+fn add_bias(t: ptr<function, Tile>, column: u32) {
+  let last = params.n - 1u;
+  let four = vec4(bias[min(column, last)], bias[min(column + 1u, last)], bias[min(column + 2u, last)], bias[min(column + 3u, last)]);
+  let rows = mat4x4(four, four, four, four);
+  (*t).q0 += rows;
+  (*t).q1 += rows;
+  (*t).q2 += rows;
+  (*t).q3 += rows;
+  (*t).q4 += rows;
+  (*t).q5 += rows;
+  (*t).q6 += rows;
+  (*t).q7 += rows;
 }
 
 // The same for all lanes: see segment_outer_subgroup.wgsl.
@@ -197,6 +214,10 @@ fn product(low: ptr<function, Tile>, high: ptr<function, Tile>, place: Place, la
       b_at += b_step;
       right_at += b_step;
     }
+  }
+  if (BIAS) {
+    add_bias(low, column);
+    if (TALL || BROAD) { add_bias(high, column + select(0u, 32u, BROAD)); }
   }
 }
 

@@ -97,9 +97,13 @@ class Allowed:
                 for (kernel, device), (line, _names) in self.rows.items() if device in names and (kernel, device) not in self.used]
 
 
+# The tiles of eight rows of matmul.wgsl and of eight pairs of gated_experts.wgsl, which have four on GPUs.
+TILES_OF_SOFTWARE = {"ROWS=8", "PAIRS=8"}
+
+
 def of_gpus(kernels):
     """Without those that only software adapters are given: their tiles are made for a CPU's caches, not for a GPU's registers."""
-    return [kernel for kernel in kernels if "_subgroup.wgsl" not in kernel.place]
+    return [kernel for kernel in kernels if "_subgroup.wgsl" not in kernel.place and not TILES_OF_SOFTWARE & set(kernel.constants.split())]
 
 
 def amd(folder, kernels):

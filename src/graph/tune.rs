@@ -124,6 +124,16 @@ impl Device {
 }
 
 impl Graph {
+    /// What [`Device::tune`] would choose between on a device with these capabilities: the operations that have several kernels for their
+    /// sizes, one of each size.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] if the shapes are more than the device can do.
+    pub fn kernel_choices(&self, capabilities: &Capabilities) -> Result<Vec<Choice>> {
+        let measured = self.choices(capabilities)?.into_iter();
+        Ok(measured.map(|measured| measured.choice).collect())
+    }
+
     /// The operations that have a choice, one of each key, in the order of the graph. Those that read integers are left out: random ones would
     /// be no work like the real.
     fn choices(&self, capabilities: &Capabilities) -> Result<Vec<Measured>> {

@@ -2,8 +2,9 @@
 
 use crate::error::Result;
 use crate::graph::{Graph, Init, Value};
+use crate::ops::Product;
 
-/// `y = x Wᵀ`, with `W` `[d_out, d_in]` named `NAME.weight`. What adapters stand on.
+/// `y = x Wᵀ + b`, with `W` `[d_out, d_in]` named `NAME.weight`, and `b` `[d_out]` named `NAME.bias` if there is one. What adapters stand on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Linear {
     /// The prefix of the parameter's name.
@@ -12,22 +13,32 @@ pub struct Linear {
     pub d_in: usize,
     /// Width of the output.
     pub d_out: usize,
-    /// Whether the weight is trained. Under an adapter it is not.
+    /// Whether the weight, and the bias, are trained. Under an adapter they are not.
     pub trainable: bool,
+    /// Whether there is a bias.
+    pub bias: bool,
 }
 
 impl Linear {
-    /// A frozen linear layer.
+    /// A frozen linear layer without a bias.
     pub fn new(name: impl Into<String>, d_in: usize, d_out: usize) -> Self {
         Self {
             name: name.into(),
             d_in,
             d_out,
             trainable: false,
+            bias: false,
         }
     }
 
-    /// The same layer, its weight trained.
+    /// The same layer with a bias.
+    #[must_use]
+    pub fn with_bias(mut self) -> Self {
+        self.bias = true;
+        self
+    }
+
+    /// The same layer, its weight and bias trained.
     #[must_use]
     pub fn trained(mut self) -> Self {
         self.trainable = true;
@@ -48,13 +59,19 @@ impl Linear {
         )
     }
 
-    /// `x Wᵀ` for `x` `[tokens, d_in]`.
+    /// `x Wᵀ + b` for `x` `[tokens, d_in]`. The bias starts as the weight does, uniform in ±1/√d_in.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if `x` is not `[tokens, d_in]`.
     pub fn forward(&self, graph: &mut Graph, x: Value) -> Result<Value> {
         let weight = self.weight(graph)?;
-        graph.matmul_nt(x, weight)
+        if !self.bias {
+            return graph.matmul_nt(x, weight);
+        }
+        let name = format!("{}.bias", self.name);
+        let init = kaiming(self.d_in);
+        let bias = graph.parameter(&name, [self.d_out], init, self.trainable)?;
+        graph.matmul_bias(Product::nt(x, weight), bias)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The hidden numbers of feed-forward experts, `h[p] = f(Wg[e] xg[row p]) * (Wu[e] xu[row p])`: both grouped products and the activation
 //! in one kernel.
 
-use crate::device::{Capabilities, Launch, Launches, Shader, Slot};
+use crate::device::{AdapterClass, Capabilities, Launch, Launches, Shader, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
@@ -18,10 +18,20 @@ use crate::ops::{
 };
 use crate::tensor::{DType, TensorType};
 
-/// Pairs and outputs that one invocation computes, as in `shaders/gated_experts.wgsl`.
-const TILE_PAIRS: usize = 8;
+/// Outputs that one invocation computes, as in `shaders/gated_experts.wgsl`.
 const TILE_OUT: usize = 4;
 const WORKGROUP: usize = 64;
+
+/// Pairs that one invocation computes: eight of two products are more than the registers of some GPUs, and fewer loads on software adapters.
+fn tile_pairs(class: AdapterClass) -> usize {
+    match class {
+        AdapterClass::Software => 8,
+        AdapterClass::Discrete
+        | AdapterClass::Integrated
+        | AdapterClass::Virtual
+        | AdapterClass::Other => 4,
+    }
+}
 
 /// Inputs: x and weight of the gate, x and weight of up if `gated`, experts, order, offsets, the row of each pair if `mapped`.
 /// Outputs: h, the gate before its activation, up if `gated`: all `[pairs, out]`.
@@ -358,14 +368,16 @@ impl Op for GatedExperts {
             let launch = self.launch(shader, "forward", &sizes);
             (launch, SUBGROUP_TILE, SUBGROUP_TILE)
         } else {
+            let tile_pairs = tile_pairs(capabilities.class);
             let (lanes_pairs, lanes_out) =
-                lanes([sizes.pairs, segments, sizes.out], [TILE_PAIRS, TILE_OUT]);
+                lanes([sizes.pairs, segments, sizes.out], [tile_pairs, TILE_OUT]);
             let launch = self
                 .launch(Self::SHADER, "forward", &sizes)
                 .constant("LANES_PAIRS", lanes_pairs as f64)
                 .constant("LANES_OUT", lanes_out as f64)
+                .constant("PAIRS", tile_pairs as f64)
                 .constant("ALIGNED", sizes.input.is_multiple_of(4));
-            (launch, lanes_pairs * TILE_PAIRS, lanes_out * TILE_OUT)
+            (launch, lanes_pairs * tile_pairs, lanes_out * TILE_OUT)
         };
         // Every segment's last tile may be partly empty: at most one more tile a segment.
         let tiles = sizes.pairs.div_ceil(pairs_per_tile) + segments.min(sizes.pairs);

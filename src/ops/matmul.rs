@@ -1,13 +1,15 @@
-//! Matrix products, in all transposes, batched, and added into a tensor that is already there.
+//! Matrix products, in all transposes, batched, with a bias, and added into a tensor that is already there.
 
 use crate::device::{Capabilities, Launches};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host_gemm::{Matrix, gemm};
+use crate::ops::matmul_choice;
 use crate::ops::matmul_kernels::{self, Launched};
 use crate::ops::{
-    Alias, AliasKind, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, expect_f32,
+    Alias, AliasKind, Choice, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype,
+    expect_f32,
 };
 use crate::tensor::{DType, TensorType};
 
@@ -32,11 +34,12 @@ impl Default for MatMul {
     }
 }
 
-/// Inputs: a, b, those of the second product if there is one, the base if `accumulate`.
+/// Inputs: a, b, those of the second product if there is one, the bias and the base if there are.
 #[derive(Clone, Copy, Debug)]
 struct MatMulOp {
     options: MatMul,
     second: Option<MatMul>,
+    bias: bool,
     accumulate: bool,
 }
 
@@ -117,7 +120,7 @@ impl Graph {
         options: MatMul,
         base: Option<Value>,
     ) -> Result<Value> {
-        let product = self.apply_product(Product { a, b, options }, None, base)?;
+        let product = self.apply_product(Product { a, b, options }, None, [None, base])?;
         if self.are_matrices(a, b)? {
             self.products
                 .insert(product, (Product { a, b, options }, base));
@@ -131,7 +134,15 @@ impl Graph {
     /// # Errors
     /// [`Error::Shape`] if the shapes do not fit, or an operand has a batch dimension.
     pub fn matmul_sum(&mut self, first: Product, second: Product) -> Result<Value> {
-        self.apply_product(first, Some(second), None)
+        self.apply_product(first, Some(second), [None; 2])
+    }
+
+    /// `alpha op(a) op(b) + bias`, the bias `[n]` added to every row in the kernel that makes the product.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the shapes do not fit.
+    pub fn matmul_bias(&mut self, product: Product, bias: Value) -> Result<Value> {
+        self.apply_product(product, None, [Some(bias), None])
     }
 
     /// `sum + product`, where nothing else will read `sum`: if that is itself a product, both are made by one kernel.
@@ -139,7 +150,9 @@ impl Graph {
         let Product { a, b, options } = product;
         let matrices = self.are_matrices(a, b)?;
         match sum.and_then(|sum| self.products.get(&sum)) {
-            Some(&(first, base)) if matrices => self.apply_product(first, Some(product), base),
+            Some(&(first, base)) if matrices => {
+                self.apply_product(first, Some(product), [None, base])
+            }
             _ => self.matmul_with(a, b, options, sum),
         }
     }
@@ -152,24 +165,31 @@ impl Graph {
         &mut self,
         first: Product,
         second: Option<Product>,
-        base: Option<Value>,
+        [bias, base]: [Option<Value>; 2],
     ) -> Result<Value> {
         let op = MatMulOp {
             options: first.options,
             second: second.map(|second| second.options),
+            bias: bias.is_some(),
             accumulate: base.is_some(),
         };
         let products = [first].into_iter().chain(second);
         let mut inputs: Vec<Value> = products.flat_map(|one| [one.a, one.b]).collect();
+        inputs.extend(bias);
         inputs.extend(base);
         self.apply1(op, &inputs)
     }
 }
 
 impl MatMulOp {
+    /// How many inputs are operands of products; the bias follows them.
+    fn operands(&self) -> usize {
+        if self.second.is_some() { 4 } else { 2 }
+    }
+
     /// The number of the input that is added into.
     fn base(&self) -> usize {
-        if self.second.is_some() { 4 } else { 2 }
+        self.operands() + usize::from(self.bias)
     }
 
     fn product(&self, inputs: &[TensorType]) -> Result<Launched> {
@@ -197,6 +217,7 @@ impl MatMulOp {
         Ok(Launched {
             first: (self.options, first),
             second,
+            bias: self.bias.then(|| self.operands()),
             accumulate: self.accumulate,
         })
     }
@@ -280,6 +301,14 @@ impl MatMulOp {
                 );
             }
         }
+        if self.bias {
+            let bias = io.floats(self.operands())?;
+            for row in out.chunks_mut(bias.len().max(1)) {
+                for (c, &b) in row.iter_mut().zip(bias) {
+                    *c += b;
+                }
+            }
+        }
         Ok(())
     }
 }
@@ -351,13 +380,18 @@ impl Op for MatMulOp {
         let product = self.product(io.inputs)?;
         let flops = |sizes: &Sizes| 2 * sizes.batch * sizes.m * sizes.n * sizes.k;
         let second = product.second.map_or(0, |(_, sizes)| flops(&sizes));
-        Ok(Work::moving(io).with_flops(flops(&product.first.1) + second))
+        let Sizes { batch, m, n, .. } = product.first.1;
+        let bias = if self.bias { batch * m * n } else { 0 };
+        Ok(Work::moving(io).with_flops(flops(&product.first.1) + second + bias))
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         let base = self.base();
         expect_count(self.name(), inputs, base + usize::from(self.accumulate))?;
-        for (input, side) in inputs[..base].iter().zip(["left", "right"].iter().cycle()) {
+        for (input, side) in inputs[..self.operands()]
+            .iter()
+            .zip(["left", "right"].iter().cycle())
+        {
             expect_dtype(
                 self.name(),
                 &format!("the {side} operand"),
@@ -378,6 +412,9 @@ impl Op for MatMulOp {
         } else {
             vec![m, n]
         };
+        if self.bias {
+            expect_f32(self.name(), "the bias", &inputs[self.operands()], &[n])?;
+        }
         if self.accumulate {
             expect_f32(self.name(), "the tensor added into", &inputs[base], &dims)?;
         }
@@ -395,6 +432,14 @@ impl Op for MatMulOp {
         {
             Self::product_backward(context, options, 2 * which, dc)?;
         }
+        let bias = self.operands();
+        if self.bias && context.wants(bias) {
+            // A column sum, over the entries of a batch too.
+            let rank = context.graph.ty(dc)?.shape.rank();
+            let rows: Vec<usize> = (0..rank - 1).collect();
+            let gradient = context.graph.sum(dc, &rows)?;
+            context.add(bias, gradient)?;
+        }
         if self.accumulate && context.wants(self.base()) {
             context.add(self.base(), dc)?;
         }
@@ -411,6 +456,11 @@ impl Op for MatMulOp {
         } else {
             Vec::new()
         }
+    }
+
+    fn choice(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Option<Choice>> {
+        let product = self.product(io.inputs)?;
+        Ok(Some(matmul_choice::choice(&product, capabilities)))
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {

@@ -23,6 +23,7 @@ mod host;
 mod host_gemm;
 mod loss_scale;
 mod matmul;
+mod matmul_choice;
 mod matmul_kernels;
 mod mix_cores;
 mod noise;

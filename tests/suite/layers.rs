@@ -4,7 +4,7 @@ use libtest_mimic::{Failed, Trial};
 use proptest::strategy::Strategy;
 use rankmix::layers::{AdapterOptions, GateInput, Linear, MoeLora, RotMole, Routing};
 use rankmix::ops::Rotation;
-use rankmix::{Device, Graph, ParameterStore, Result, Tensor, TensorType, Value};
+use rankmix::{Device, Graph, Init, ParameterStore, Result, Tensor, TensorType, Value};
 
 use crate::case::{floats, floats_in};
 use crate::metrics::relative_errors;
@@ -386,6 +386,43 @@ fn trainable_elements_are_counted() -> Result<(), Failed> {
     Ok(())
 }
 
+/// A linear layer's bias is added to every row of its product, and its gradient is the column sum of the output's.
+fn a_linear_bias_is_added_to_every_row(device: &Device) -> Result<(), Failed> {
+    let (tokens, d_in, d_out) = (37, 12, 9);
+    let layer = Linear::new("layer", d_in, d_out).trained();
+    let mut graph = Graph::new();
+    let x = graph.input("x", TensorType::f32([tokens, d_in]))?;
+    let dy = graph.input("dy", TensorType::f32([tokens, d_out]))?;
+    let with = layer.clone().with_bias().forward(&mut graph, x)?;
+    let without = layer.forward(&mut graph, x)?;
+    let bias = graph.parameter("layer.bias", [d_out], Init::Zeros, true)?;
+    let gradient = graph.gradients_from(&[(with, dy)], &[bias])?[0];
+    let sum = graph.sum(dy, &[0])?;
+    let values = [with, without, bias, gradient, sum];
+    for value in values {
+        graph.output(value)?;
+    }
+    let store = ParameterStore::new(device);
+    store.initialize(&graph, 6)?;
+    store.insert("layer.bias", &floats(&[d_out], 330))?;
+    let mut session = graph.compile(&store)?;
+    session.write(x, &floats(&[tokens, d_in], 331))?;
+    session.write(dy, &floats(&[tokens, d_out], 332))?;
+    let read = session.run_reading(&values)?;
+    let [with, without, bias, gradient, sum] = [0, 1, 2, 3, 4].map(|i: usize| read[i].to_f64());
+    let rows = without.chunks(d_out);
+    let added: Vec<f64> = rows
+        .flat_map(|row| row.iter().zip(&bias).map(|(y, b)| y + b))
+        .collect();
+    for (what, got, want) in [("the output", with, added), ("the gradient", gradient, sum)] {
+        let (norm, largest) = relative_errors(&got, &want);
+        if norm > 1e-6 || largest > 1e-5 {
+            return Err(format!("{what}: relative error {norm:.2e}, {largest:.2e}").into());
+        }
+    }
+    Ok(())
+}
+
 /// The experts in another order, with everything that is theirs: the same output bit for bit, since a token's slots keep their order,
 /// and the same gradients in that order.
 fn the_order_of_experts_does_not_matter(device: &Device) -> Result<(), Failed> {
@@ -537,6 +574,10 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(devices::trials(
         "layers::the_order_of_experts_does_not_matter",
         the_order_of_experts_does_not_matter,
+    ));
+    trials.extend(devices::trials(
+        "layers::a_linear_bias_is_added_to_every_row",
+        a_linear_bias_is_added_to_every_row,
     ));
     trials.push(Trial::test(
         "layers::rotmole_trainable_elements_are_counted",

@@ -16,6 +16,7 @@ pub fn cases() -> Vec<Case> {
         (2, 70, 3),
     ];
     cases.extend(sums());
+    cases.extend(biases());
     for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
         let options = MatMul {
             transpose_a,
@@ -45,7 +46,18 @@ pub fn cases() -> Vec<Case> {
                 },
             ));
         }
-        for (m, n, k) in [(133, 70, 65), (128, 72, 260), (1, 300, 33), (257, 4, 64)] {
+        for (m, n, k) in [
+            (133, 70, 65),
+            (128, 72, 260),
+            (1, 300, 33),
+            (257, 4, 64),
+            // Whole tiles of every kernel.
+            (128, 64, 48),
+            // Few results and a long k, split every way that there is.
+            (5, 7, 1030),
+            (16, 24, 2048),
+            (2, 16, 700),
+        ] {
             let (a, b) = dims(m, n, k);
             let inputs = vec![floats(&a, 33), floats(&b, 34)];
             let build = move |g: &mut Graph, v: &[Value]| {
@@ -105,5 +117,41 @@ fn sums() -> Vec<Case> {
             cases.push(Case::new(name, inputs, build).forward_only());
         }
     }
+    cases
+}
+
+/// Products with a bias, in every transpose: with aligned rows and without, of more than one tile, in batches, and with a long k.
+fn biases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
+        for (m, n, k) in [(3, 5, 2), (8, 12, 8), (70, 36, 20), (3, 9, 600)] {
+            let options = MatMul {
+                transpose_a,
+                transpose_b,
+                alpha: 0.75,
+            };
+            let a = if transpose_a { [k, m] } else { [m, k] };
+            let b = if transpose_b { [n, k] } else { [k, n] };
+            let inputs = vec![floats(&a, 38), floats(&b, 39), floats(&[n], 40)];
+            let name = format!("matmul_bias_{transpose_a}_{transpose_b}_{m}_{n}_{k}");
+            let case = Case::new(name, inputs, move |g, v| {
+                let [a, b] = [v[0], v[1]];
+                Ok(vec![g.matmul_bias(Product { a, b, options }, v[2])?])
+            });
+            cases.push(if m * n * k < 1000 {
+                case
+            } else {
+                case.forward_only()
+            });
+        }
+    }
+    let inputs = vec![
+        floats(&[2, 3, 4], 41),
+        floats(&[5, 4], 42),
+        floats(&[5], 43),
+    ];
+    cases.push(Case::new("matmul_bias_batched", inputs, |g, v| {
+        Ok(vec![g.matmul_bias(Product::nt(v[0], v[1]), v[2])?])
+    }));
     cases
 }

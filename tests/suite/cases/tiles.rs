@@ -79,6 +79,16 @@ fn matrix_products() -> Case {
             }
         }
     }
+    // Where k is split over invocations: the longer it is, the more of them lie along it.
+    for (n, k) in [(4, 64), (8, 64), (16, 64), (32, 64), (64, 64)]
+        .into_iter()
+        .chain([(4, 128), (8, 128), (16, 128), (4, 512)])
+    {
+        let inputs = vec![floats(&[3, k], 258), floats(&[n, k], 259)];
+        shapes.add(inputs, move |graph, v| {
+            graph.matmul_with(v[0], v[1], options, None)
+        });
+    }
     shapes.case("matmul")
 }
 

@@ -105,7 +105,9 @@ impl Origins {
     fn next_part(&self, text: &[&str], own: usize) -> Option<(&str, usize)> {
         self.parts.iter().find_map(|(path, part)| {
             let part = code(part);
-            (text.len() >= part.len() + own && text.starts_with(&part))
+            // The rewriting changes lines that read or write an array, and no others.
+            let same = |(line, of_part): (&&str, &&str)| line == of_part || of_part.contains('[');
+            (text.len() >= part.len() + own && text.iter().zip(&part).all(same))
                 .then_some((path.as_str(), part.len()))
         })
     }

@@ -148,7 +148,27 @@ impl Collection {
     }
 }
 
-/// The kernels that the cases launch, which are compared with the reference on every device.
+/// The capabilities with each kernel named in turn, wherever the graph has it among several; none where it has no choice.
+pub fn each_choice(
+    graph: &Graph,
+    capabilities: &Capabilities,
+) -> BTreeMap<&'static str, Capabilities> {
+    let choices = graph
+        .kernel_choices(capabilities)
+        .expect("the graphs fit every WebGPU device");
+    let mut of_kernel: BTreeMap<&'static str, Capabilities> = BTreeMap::new();
+    for choice in choices {
+        for kernel in choice.kernels {
+            let named = of_kernel
+                .entry(kernel)
+                .or_insert_with(|| capabilities.clone());
+            named.kernels.insert(choice.key.as_str(), kernel);
+        }
+    }
+    of_kernel
+}
+
+/// The kernels that the cases launch, and those that they could launch in place of them, which are compared with the reference on every device.
 pub fn of_cases() -> Vec<Kernel> {
     let mut collection = Collection::default();
     let cases = cases::all();
@@ -156,6 +176,11 @@ pub fn of_cases() -> Vec<Kernel> {
         for case in &cases {
             let graph = case.graph(precision).expect("the cases are sound");
             collection.add(&graph, &capabilities, true);
+            if capabilities.class == AdapterClass::Discrete {
+                for chosen in each_choice(&graph, &capabilities).values() {
+                    collection.add(&graph, chosen, true);
+                }
+            }
         }
         for graph in everything::graphs(precision) {
             collection.add(&graph, &capabilities, true);
@@ -170,6 +195,11 @@ pub fn of_sweep() -> Vec<Kernel> {
     for (precision, capabilities) in devices() {
         for graph in sweep::graphs(precision) {
             collection.add(&graph, &capabilities, false);
+            if capabilities.class == AdapterClass::Discrete && precision == Precision::F32 {
+                for chosen in each_choice(&graph, &capabilities).values() {
+                    collection.add(&graph, chosen, false);
+                }
+            }
         }
     }
     collection.kernels()
