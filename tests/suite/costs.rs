@@ -304,6 +304,7 @@ pub fn trials() -> Vec<Trial> {
             if let Err(error) = Device::open_with(&DeviceOptions {
                 request,
                 checked: false,
+                ..DeviceOptions::default()
             }) {
                 return Ok(Completion::ignored_with(error.to_string()));
             }

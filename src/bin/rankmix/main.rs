@@ -83,6 +83,7 @@ impl DeviceArguments {
         Device::open_with(&DeviceOptions {
             request: self.device.clone(),
             checked: self.checked,
+            ..DeviceOptions::default()
         })
     }
 }
