@@ -84,24 +84,24 @@ fn a_dropped_device_leaves_its_pipelines() -> Result<(), Failed> {
 
 /// A process of its own that builds pipelines with a folder from the environment.
 fn process(program: &str, folder: &Path) -> Result<Child, Failed> {
-    let sizes = [
-        "--tokens", "8", "--d-in", "32", "--d-out", "32", "--rank", "4",
-    ];
+    let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/lora_small.safetensors");
     Ok(Command::new(program)
-        .args(["time", "--json", "--layer", "lora", "--device", "vulkan"])
-        .args(sizes)
+        .args(["replay", "--device", "vulkan"])
+        .arg(case)
         .env(PIPELINE_CACHE_VARIABLE, folder)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?)
 }
 
-/// What a process said on stderr; it must have ended well.
+/// What the crate said on stderr in a process, which must have ended well; drivers say things too.
 fn said(child: Child) -> Result<String, Failed> {
     let output = child.wait_with_output()?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{}: {said}", output.status);
-    Ok(said)
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}: {stderr}", output.status);
+    let ours = stderr.lines().filter(|line| line.starts_with("rankmix:"));
+    let said: Vec<&str> = ours.collect();
+    Ok(said.join("\n"))
 }
 
 fn damaged_files_are_left_unused(program: &str) -> Result<(), Failed> {
@@ -116,28 +116,22 @@ fn damaged_files_are_left_unused(program: &str) -> Result<(), Failed> {
         bytes
     };
     let last = whole.len() - 1;
+    // What else can be wrong with a file is tested without processes, where it is opened.
     for (damage, bytes) in [
         ("empty", Vec::new()),
-        ("no more than a header", with(&|bytes| bytes.truncate(32))),
         ("cut short", with(&|bytes| bytes.truncate(last))),
-        ("longer", with(&|bytes| bytes.push(0))),
         ("a flipped bit in the data", with(&|bytes| bytes[last] ^= 1)),
-        ("a flipped bit in the owner", with(&|bytes| bytes[40] ^= 1)),
-        ("another version", with(&|bytes| bytes[8] = 2)),
         (
             "wgpu's data without our header",
             with(&|bytes| drop(bytes.drain(..32))),
         ),
-        ("another program's", vec![b'x'; 4096]),
     ] {
         fs::write(&file, bytes)?;
         let said = said(process(program, root.path())?)?;
         assert_eq!(said.lines().count(), 1, "{damage}: {said}");
         assert!(said.contains("is not used"), "{damage}: {said}");
         // The process has replaced the file, so that the next one does not complain.
-        assert_ne!(fs::read(&file)?, b"", "{damage}");
-        let device = open(root.path())?;
-        nine_and_a_half(&device)?;
+        assert_eq!(fs::read(&file)?.len(), whole.len(), "{damage}");
     }
     assert_eq!(said(process(program, root.path())?)?, "");
     Ok(())

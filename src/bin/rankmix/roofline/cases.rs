@@ -400,12 +400,7 @@ fn memory_bound() -> Result<Vec<Case>> {
         case("sum rows", size, vec![x()], |g, v| g.sum(v[0], &[1])),
         case("sum columns", size, vec![x()], |g, v| g.sum(v[0], &[0])),
         case("sum all", size, vec![x()], |g, v| g.sum_all(v[0])),
-        case(
-            "adamw",
-            size,
-            vec![x(), f(&[3])],
-            step,
-        ),
+        case("adamw", size, vec![x(), f(&[3])], step),
     ])
 }
 
