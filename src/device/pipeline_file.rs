@@ -16,13 +16,13 @@
 //! A file that is not exactly that is not used: wgpu looks at its own header alone, and drivers trust what is behind it.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::device::Gpu;
 use crate::error::{Error, Result};
+use crate::file;
 
 const MAGIC: [u8; 8] = *b"RMPIPES\n";
 const VERSION: u32 = 1;
@@ -81,25 +81,6 @@ fn opened<'a>(bytes: &'a [u8], owner: &str) -> Result<&'a [u8], String> {
         return Err(format!("it belongs to {found}, not to {owner}"));
     }
     Ok(data)
-}
-
-/// Writes the whole file or nothing: under a name of its own in the same folder, which is then renamed. Where several processes
-/// do so at once, the last one's file stays.
-fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let mut temporary = path.as_os_str().to_owned();
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    temporary.push(format!(".{}-{count}.partial", std::process::id()));
-    let written = fs::File::create(&temporary).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    });
-    if written.is_err() {
-        // What is left of a failed attempt is of no use to anyone; that it cannot be removed either changes nothing.
-        _ = fs::remove_file(&temporary);
-    }
-    written
 }
 
 /// The compiled pipelines of a device, and the file that they are kept in.
@@ -172,12 +153,11 @@ impl PipelineFile {
             return Ok(false);
         }
         let folder = self.path.parent().unwrap_or(Path::new("."));
-        fs::create_dir_all(folder)
-            .and_then(|()| replace(&self.path, &sealed(&self.owner, &data)))
-            .map_err(|source| Error::File {
-                path: self.path.clone(),
-                source,
-            })?;
+        fs::create_dir_all(folder).map_err(|source| Error::File {
+            path: folder.to_owned(),
+            source,
+        })?;
+        file::replace(&self.path, &sealed(&self.owner, &data))?;
         *kept = Some(checksum);
         Ok(true)
     }

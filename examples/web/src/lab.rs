@@ -63,7 +63,6 @@ impl Lab {
         }
         let options = DeviceOptions {
             request: Some(request),
-            checked: false,
             ..DeviceOptions::default()
         };
         Ok(Self {
