@@ -4,9 +4,10 @@
 //   backward    d_gate = dh up f'(gate)             d_up = dh f(gate)             (without GATED: d_gate = dh f'(gate))
 //
 // Layouts       all [elements] f32, as vec4s: every buffer is a multiple of 16 bytes, what is past the end is never used.
-// Grid          one invocation a vec4, folded into (x, y) because a dimension stops at 65,535 workgroups.
+// Grid          one invocation QUADS vec4s, folded into (x, y) because a dimension stops at 65,535 workgroups.
 
 override WORKGROUP: u32 = 64u;
+override QUADS: u32 = 1u; // vec4s of an invocation, WORKGROUP apart
 override GATED: bool = true;
 
 struct Params {
@@ -24,21 +25,29 @@ struct Params {
 
 @compute @workgroup_size(WORKGROUP)
 fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let q = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
-  if (q * 4u >= params.elements) { return; }
-  if (GATED) { h[q] = activate(gate[q]) * up[q]; } else { h[q] = activate(gate[q]); }
+  let first = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP * QUADS + local;
+  for (var turn = 0u; turn < QUADS; turn++) {
+    let q = first + turn * WORKGROUP;
+    if (q * 4u < params.elements) {
+      if (GATED) { h[q] = activate(gate[q]) * up[q]; } else { h[q] = activate(gate[q]); }
+    }
+  }
 }
 
 @compute @workgroup_size(WORKGROUP)
 fn backward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let q = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
-  if (q * 4u >= params.elements) { return; }
-  let x = gate[q];
-  let upstream = dh[q];
-  if (GATED) {
-    d_gate[q] = upstream * up[q] * activation_derivative(x);
-    d_up[q] = upstream * activate(x);
-  } else {
-    d_gate[q] = upstream * activation_derivative(x);
+  let first = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP * QUADS + local;
+  for (var turn = 0u; turn < QUADS; turn++) {
+    let q = first + turn * WORKGROUP;
+    if (q * 4u < params.elements) {
+      let x = gate[q];
+      let upstream = dh[q];
+      if (GATED) {
+        d_gate[q] = upstream * up[q] * activation_derivative(x);
+        d_up[q] = upstream * activate(x);
+      } else {
+        d_gate[q] = upstream * activation_derivative(x);
+      }
+    }
   }
 }

@@ -7,9 +7,10 @@
 // Layouts       all [elements] f32, as vec4s: every buffer is a multiple of 16 bytes, what is past the end is never used.
 //               schedule: rate, correction1 = 1 / (1 - beta1^t), correction2 = 1 / sqrt(1 - beta2^t), made on the host in f64:
 //               1 - beta2^t loses all its digits in f32.  clip: norm, scale (CLIPPED); a scale of 0 skips the step.
-// Grid          one invocation a vec4, folded into (x, y). 28 bytes an element: memory-bound.
+// Grid          one invocation QUADS vec4s, folded into (x, y). 28 bytes an element: memory-bound.
 
 override WORKGROUP: u32 = 64u;
+override QUADS: u32 = 1u; // vec4s of an invocation, WORKGROUP apart
 override CLIPPED: bool = true;
 
 struct Params {
@@ -33,19 +34,23 @@ struct Params {
 
 @compute @workgroup_size(WORKGROUP)
 fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let q = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
-  if (q * 4u >= params.elements) { return; }
-  var g = gradient[q];
+  // A gradient that overflowed: its moments would never be finite again.
   if (CLIPPED) {
-    // A gradient that overflowed: its moments would never be finite again.
     if (clip[1] == 0.0) { return; }
-    g *= clip[1];
   }
   let rate = schedule[0];
-  let m = params.beta1 * first[q] + params.one_minus_beta1 * g;
-  let v = params.beta2 * second[q] + params.one_minus_beta2 * g * g;
-  let step = rate * schedule[1] * m / (sqrt(v) * schedule[2] + params.epsilon);
-  first[q] = m;
-  second[q] = v;
-  theta[q] = theta[q] * (1.0 - rate * params.decay) - step;
+  let place = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP * QUADS + local;
+  for (var turn = 0u; turn < QUADS; turn++) {
+    let q = place + turn * WORKGROUP;
+    if (q * 4u < params.elements) {
+      var g = gradient[q];
+      if (CLIPPED) { g *= clip[1]; }
+      let m = params.beta1 * first[q] + params.one_minus_beta1 * g;
+      let v = params.beta2 * second[q] + params.one_minus_beta2 * g * g;
+      let step = rate * schedule[1] * m / (sqrt(v) * schedule[2] + params.epsilon);
+      first[q] = m;
+      second[q] = v;
+      theta[q] = theta[q] * (1.0 - rate * params.decay) - step;
+    }
+  }
 }

@@ -2,9 +2,10 @@
 //
 // Layouts       both [elements], as vec4s: every buffer is a multiple of 16 bytes, what is past the end is never used. The two may be
 //               stored differently: that is what the operation is for.
-// Grid          one invocation a vec4, folded into (x, y) because a dimension stops at 65,535 workgroups.
+// Grid          one invocation QUADS vec4s, folded into (x, y) because a dimension stops at 65,535 workgroups.
 
 override WORKGROUP: u32 = 64u;
+override QUADS: u32 = 1u; // vec4s of an invocation, WORKGROUP apart
 
 struct Params {
   elements: u32,
@@ -17,7 +18,9 @@ struct Params {
 
 @compute @workgroup_size(WORKGROUP)
 fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let q = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
-  if (q * 4u >= params.elements) { return; }
-  parameter[q] = value[q];
+  let first = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP * QUADS + local;
+  for (var turn = 0u; turn < QUADS; turn++) {
+    let q = first + turn * WORKGROUP;
+    if (q * 4u < params.elements) { parameter[q] = value[q]; }
+  }
 }

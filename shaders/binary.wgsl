@@ -4,9 +4,10 @@
 //
 // Layouts       same_shape: all [elements] f32, as vec4s (every buffer is a multiple of 16 bytes).
 //               broadcast: y is a nest of four loops, innermost first: extent, step in a, step in b (0 where repeated).
-// Grid          one invocation a vec4 (same_shape) or an element (broadcast), folded into (x, y).
+// Grid          one invocation QUADS vec4s (same_shape) or an element (broadcast), folded into (x, y).
 
 override WORKGROUP: u32 = 64u;
+override QUADS: u32 = 1u; // vec4s of an invocation, WORKGROUP apart
 override FUNCTION: u32 = 0u;
 
 struct Params {
@@ -35,9 +36,11 @@ fn apply(l: vec4<f32>, r: vec4<f32>) -> vec4<f32> {
 
 @compute @workgroup_size(WORKGROUP)
 fn same_shape(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let q = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
-  if (q * 4u >= params.elements) { return; }
-  y4[q] = apply(a4[q], b4[q]);
+  let first = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP * QUADS + local;
+  for (var turn = 0u; turn < QUADS; turn++) {
+    let q = first + turn * WORKGROUP;
+    if (q * 4u < params.elements) { y4[q] = apply(a4[q], b4[q]); }
+  }
 }
 
 @compute @workgroup_size(WORKGROUP)

@@ -2,9 +2,10 @@
 // where the operand is used again later.
 //
 // Layouts       both buffers as 16-byte words, the size every buffer is a multiple of.
-// Grid          one invocation a word, folded into (x, y) because a dimension stops at 65,535 workgroups.
+// Grid          one invocation QUADS words, folded into (x, y) because a dimension stops at 65,535 workgroups.
 
 override WORKGROUP: u32 = 64u;
+override QUADS: u32 = 1u; // words of an invocation, WORKGROUP apart
 
 struct Params {
   words: u32,
@@ -17,6 +18,9 @@ struct Params {
 
 @compute @workgroup_size(WORKGROUP)
 fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let word = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
-  if (word < params.words) { copy[word] = source[word]; }
+  let first = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP * QUADS + local;
+  for (var turn = 0u; turn < QUADS; turn++) {
+    let word = first + turn * WORKGROUP;
+    if (word < params.words) { copy[word] = source[word]; }
+  }
 }

@@ -5,10 +5,11 @@
 //
 // Layouts       floats: [elements] f32 as vec4s;  halves: [elements] f16, two in a u32, the first in its low half. Every buffer is a
 //               multiple of 16 bytes: what is past the end is never used.
-// Grid          one invocation four elements, folded into (x, y) because a dimension stops at 65,535 workgroups.
+// Grid          one invocation QUADS times four elements, folded into (x, y) because a dimension stops at 65,535 workgroups.
 // Cost          6 bytes an element: memory-bound.
 
 override WORKGROUP: u32 = 64u;
+override QUADS: u32 = 1u; // vec4s of an invocation, WORKGROUP apart
 
 struct Params {
   elements: u32,
@@ -23,16 +24,24 @@ struct Params {
 
 @compute @workgroup_size(WORKGROUP)
 fn pack(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let q = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
-  if (q * 4u >= params.elements) { return; }
-  let v = wide[q];
-  packed_result[q] = vec2(half_narrow(v.xy), half_narrow(v.zw));
+  let first = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP * QUADS + local;
+  for (var turn = 0u; turn < QUADS; turn++) {
+    let q = first + turn * WORKGROUP;
+    if (q * 4u < params.elements) {
+      let v = wide[q];
+      packed_result[q] = vec2(half_narrow(v.xy), half_narrow(v.zw));
+    }
+  }
 }
 
 @compute @workgroup_size(WORKGROUP)
 fn unpack(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let q = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
-  if (q * 4u >= params.elements) { return; }
-  let halves = narrow[q];
-  wide_result[q] = vec4(unpack2x16float(halves.x), unpack2x16float(halves.y));
+  let first = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP * QUADS + local;
+  for (var turn = 0u; turn < QUADS; turn++) {
+    let q = first + turn * WORKGROUP;
+    if (q * 4u < params.elements) {
+      let halves = narrow[q];
+      wide_result[q] = vec4(unpack2x16float(halves.x), unpack2x16float(halves.y));
+    }
+  }
 }

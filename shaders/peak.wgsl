@@ -7,9 +7,10 @@
 //   FUSED         whether a step is fma() or a product and a sum, which a compiler may fuse or not.
 //
 // Layouts       both [elements] f32, as vec4s: every buffer is a multiple of 16 bytes, what is past the end is never used.
-// Grid          one invocation a vec4, folded into (x, y) because a dimension stops at 65,535 workgroups.
+// Grid          one invocation a vec4, or QUADS of them (copy), folded into (x, y) because a dimension stops at 65,535 workgroups.
 
 override WORKGROUP: u32 = 64u;
+override QUADS: u32 = 1u; // vec4s of an invocation, WORKGROUP apart
 override CHAINS: u32 = 8u;
 override FUSED: bool = false;
 
@@ -76,7 +77,9 @@ fn multiply_adds(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_inv
 
 @compute @workgroup_size(WORKGROUP)
 fn copy(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let q = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
-  if (q * 4u >= params.elements) { return; }
-  y[q] = x[q];
+  let first = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP * QUADS + local;
+  for (var turn = 0u; turn < QUADS; turn++) {
+    let q = first + turn * WORKGROUP;
+    if (q * 4u < params.elements) { y[q] = x[q]; }
+  }
 }

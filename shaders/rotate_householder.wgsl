@@ -8,7 +8,7 @@
 // reflection: H is then the identity.
 //
 // Layouts       z, y, dy, dz: [rows, rank] row-major;  generator and its gradient: [rows, 2 rank], in a row a, then v.
-// Grid          LANES invocations (a power of two, about the rank, at most 64) take a row, WORKGROUP / LANES rows a workgroup; folded
+// Grid          LANES invocations (a power of two, about the rank, at most WORKGROUP) take a row, WORKGROUP / LANES rows a workgroup; folded
 //               into (x, y) because a dimension stops at 65,535 workgroups.
 // Work          two sums over the lanes, of up to four numbers at once, in a tree whose shape depends on LANES alone: two runs are equal
 //               bit for bit. t is computed again where it is needed rather than kept: it takes two operations.

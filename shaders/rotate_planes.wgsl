@@ -6,11 +6,13 @@
 //
 // An angle of 0 copies the pair: 1 z - 0 z' would lose the sign of a zero, and make NaN of an infinity.
 //
-// Layouts       z, y, dy, dz: [rows, rank] row-major, read as vec2 pairs;  p, dp: [rows, rank / 2].  Pair q = row * rank / 2 + i.
-// Grid          one invocation a pair, folded into (x, y) because a dimension stops at 65,535 workgroups.
+// Layouts       z, y, dy, dz: [rows, rank] row-major, read as vec4s of two pairs;  p, dp: [rows, rank / 2].  Pair row * rank / 2 + i; every
+//               buffer is a multiple of 16 bytes, what is past the end is never used.
+// Grid          one invocation QUADS times two pairs, folded into (x, y) because a dimension stops at 65,535 workgroups.
 // Cost          20 bytes a pair forward, 32 backward, about 40 FLOP: memory-bound everywhere, so nothing is staged.
 
 override WORKGROUP: u32 = 64u;
+override QUADS: u32 = 1u; // vec4s of an invocation, WORKGROUP apart
 
 struct Params {
   pairs: u32,
@@ -18,34 +20,31 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> angles: array<f32>;
-@group(0) @binding(2) var<storage, read> z_or_y: array<vec2<f32>>;          // forward: z, backward: y
-@group(0) @binding(3) var<storage, read> dy: array<vec2<f32>>;              // backward only
-@group(0) @binding(4) var<storage, read_write> out_pairs: array<vec2<f32>>; // forward: y, backward: dz
-@group(0) @binding(5) var<storage, read_write> d_angles: array<f32>;        // backward only
-
-fn pair_index(workgroup: vec3<u32>, local: u32) -> u32 {
-  return (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
-}
+@group(0) @binding(1) var<storage, read> angles: array<vec2<f32>>;
+@group(0) @binding(2) var<storage, read> z_or_y: array<vec4<f32>>;          // forward: z, backward: y
+@group(0) @binding(3) var<storage, read> dy: array<vec4<f32>>;              // backward only
+@group(0) @binding(4) var<storage, read_write> out_pairs: array<vec4<f32>>; // forward: y, backward: dz
+@group(0) @binding(5) var<storage, read_write> d_angles: array<vec2<f32>>;  // backward only
 
 @compute @workgroup_size(WORKGROUP)
 fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let q = pair_index(workgroup, local);
-  if (q >= params.pairs) { return; }
-  let angle = angles[q];
-  let r = cos_sin(angle);
-  let z = z_or_y[q];
-  out_pairs[q] = select(vec2(r.x * z.x - r.y * z.y, r.y * z.x + r.x * z.y), z, angle == 0.0);
+  let first = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP * QUADS + local;
+  for (var turn = 0u; turn < QUADS; turn++) {
+    let q = first + turn * WORKGROUP;
+    if (q * 2u < params.pairs) { out_pairs[q] = rotate_two(z_or_y[q], angles[q]); }
+  }
 }
 
 @compute @workgroup_size(WORKGROUP)
 fn backward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let q = pair_index(workgroup, local);
-  if (q >= params.pairs) { return; }
-  let angle = angles[q];
-  let r = cos_sin(angle);
-  let y = z_or_y[q];
-  let u = dy[q];
-  out_pairs[q] = select(vec2(r.x * u.x + r.y * u.y, r.x * u.y - r.y * u.x), u, angle == 0.0);
-  d_angles[q] = u.y * y.x - u.x * y.y;
+  let first = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP * QUADS + local;
+  for (var turn = 0u; turn < QUADS; turn++) {
+    let q = first + turn * WORKGROUP;
+    if (q * 2u < params.pairs) {
+      let y = z_or_y[q];
+      let u = dy[q];
+      out_pairs[q] = rotate_two(u, -angles[q]);
+      d_angles[q] = vec2(u.y * y.x - u.x * y.y, u.w * y.z - u.z * y.w);
+    }
+  }
 }

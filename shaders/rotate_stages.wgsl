@@ -11,10 +11,11 @@
 // No state is kept from forward. An angle of 0 is passed over, which gives z back bit for bit.
 //
 // Layouts       z, y, dy, dz: [rows, rank] row-major;  p, dp: [rows, numbers], stage by stage, in a stage by rising a.
-// Grid          LANES invocations (a power of two, one a pair up to rank 128) take a row, WORKGROUP / LANES rows a workgroup; folded into
-//               (x, y) because a dimension stops at 65,535 workgroups.
-// Memory        rows in workgroup memory, row by row: up to rank 128 the rows of a workgroup have at most 128 coordinates together,
-//               beyond it one row is alone. WORDS is the larger of 128 and the rank, at most 2048: backward has y and u there.
+// Grid          LANES invocations (a power of two, one a pair as far as WORKGROUP goes) take a row, WORKGROUP / LANES rows a workgroup;
+//               folded into (x, y) because a dimension stops at 65,535 workgroups.
+// Memory        rows in workgroup memory, row by row: up to a rank of 2 WORKGROUP the rows of a workgroup have at most as many coordinates
+//               together, beyond it one row is alone. WORDS is the larger of 2 WORKGROUP and the rank, at most 2048: backward has y
+//               and u there.
 
 override WORKGROUP: u32 = 64u;
 override LANES: u32 = 8u;

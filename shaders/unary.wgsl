@@ -4,9 +4,10 @@
 //                 8 1 / (1 + exp(-x))
 //
 // Layouts       both [elements] f32, as vec4s: every buffer is a multiple of 16 bytes, what is past the end is never used.
-// Grid          one invocation a vec4, folded into (x, y) because a dimension stops at 65,535 workgroups.
+// Grid          one invocation QUADS vec4s, folded into (x, y) because a dimension stops at 65,535 workgroups.
 
 override WORKGROUP: u32 = 64u;
+override QUADS: u32 = 1u; // vec4s of an invocation, WORKGROUP apart
 override FUNCTION: u32 = 0u;
 
 struct Params {
@@ -38,28 +39,32 @@ fn hyperbolic_tangent_slope(v: vec4<f32>) -> vec4<f32> {
 
 @compute @workgroup_size(WORKGROUP)
 fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  let q = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
-  if (q * 4u >= params.elements) { return; }
-  let v = x[q];
-  if (FUNCTION == 0u) {
-    y[q] = params.scale * v + params.offset;
-  } else if (FUNCTION == 1u) {
-    y[q] = v * v;
-  } else if (FUNCTION == 2u) {
-    y[q] = sqrt(v);
-  } else if (FUNCTION == 3u) {
-    y[q] = 1.0 / v;
-  } else if (FUNCTION == 4u) {
-    y[q] = exp(v);
-  } else if (FUNCTION == 5u) {
-    y[q] = log(v);
-  } else if (FUNCTION == 6u) {
-    y[q] = hyperbolic_tangent(v);
-  } else if (FUNCTION == 7u) {
-    y[q] = hyperbolic_tangent_slope(v);
-  } else {
-    // only the exponential of a number that is not positive is taken
-    let e = exp(-abs(v));
-    y[q] = select(e, vec4(1.0), v >= vec4(0.0)) / (1.0 + e);
+  let first = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP * QUADS + local;
+  for (var turn = 0u; turn < QUADS; turn++) {
+    let q = first + turn * WORKGROUP;
+    if (q * 4u < params.elements) {
+      let v = x[q];
+      if (FUNCTION == 0u) {
+        y[q] = params.scale * v + params.offset;
+      } else if (FUNCTION == 1u) {
+        y[q] = v * v;
+      } else if (FUNCTION == 2u) {
+        y[q] = sqrt(v);
+      } else if (FUNCTION == 3u) {
+        y[q] = 1.0 / v;
+      } else if (FUNCTION == 4u) {
+        y[q] = exp(v);
+      } else if (FUNCTION == 5u) {
+        y[q] = log(v);
+      } else if (FUNCTION == 6u) {
+        y[q] = hyperbolic_tangent(v);
+      } else if (FUNCTION == 7u) {
+        y[q] = hyperbolic_tangent_slope(v);
+      } else {
+        // only the exponential of a number that is not positive is taken
+        let e = exp(-abs(v));
+        y[q] = select(e, vec4(1.0), v >= vec4(0.0)) / (1.0 + e);
+      }
+    }
   }
 }

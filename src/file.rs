@@ -3,16 +3,19 @@
 use std::fs;
 use std::io::Write;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 
-/// Writes a file under a temporary name beside it, which is this process's own, and renames it.
+/// Writes a file under a temporary name beside it, which is this call's own, and renames it. Of several at once, the last one's stays.
 ///
 /// # Errors
 /// [`Error::File`] if it cannot be written.
 pub(crate) fn replace(path: &Path, contents: &[u8]) -> Result<()> {
+    static CALLS: AtomicU64 = AtomicU64::new(0);
+    let call = CALLS.fetch_add(1, Ordering::Relaxed);
     let mut temporary = path.as_os_str().to_owned();
-    temporary.push(format!(".{}.partial", process_id()));
+    temporary.push(format!(".{}-{call}.partial", process_id()));
     let written = fs::File::create(&temporary).and_then(|mut file| {
         file.write_all(contents)?;
         file.sync_all()?;

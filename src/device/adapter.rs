@@ -262,7 +262,10 @@ pub(crate) async fn choose(request: &Request) -> Result<Option<wgpu::Adapter>> {
 pub(crate) async fn open(
     adapter: &wgpu::Adapter,
 ) -> Result<(wgpu::Device, wgpu::Queue, AdapterSummary)> {
-    let wanted = timestamp_features() | wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP;
+    let wanted = timestamp_features()
+        | wgpu::Features::SHADER_F16
+        | wgpu::Features::SUBGROUP
+        | wgpu::Features::PIPELINE_CACHE;
     let opened = adapter
         .request_device(&wgpu::DeviceDescriptor {
             label: Some("rankmix"),

@@ -8,6 +8,8 @@ mod half;
 mod kernel_choices;
 mod launch;
 mod once;
+#[cfg(not(target_arch = "wasm32"))]
+mod pipeline_file;
 mod pipelines;
 mod profile;
 mod recording;
@@ -35,6 +37,9 @@ pub const DEVICE_VARIABLE: &str = "RANKMIX_DEVICE";
 /// The environment variable that names a file of [`TunedKernels`] for the devices that this crate opens.
 pub const KERNELS_VARIABLE: &str = "RANKMIX_KERNELS";
 
+/// The environment variable that names the folder of compiled pipelines, see [`DeviceOptions::pipeline_cache`].
+pub const PIPELINE_CACHE_VARIABLE: &str = "RANKMIX_PIPELINE_CACHE";
+
 /// How to open a device.
 #[derive(Clone, Debug, Default)]
 pub struct DeviceOptions {
@@ -45,6 +50,13 @@ pub struct DeviceOptions {
     /// infinity ([`Error::NotFinite`]). About twice the launches; for finding mistakes, not for training: an overflow that loss scaling would
     /// skip is an error too.
     pub checked: bool,
+    /// A folder in which the driver's compiled pipelines are kept from one process to the next, a file for each adapter. `None`: the one
+    /// that `RANKMIX_PIPELINE_CACHE` names, or else none. The file is read when the device opens, and written by [`Device::save_pipelines`]
+    /// and when the device is dropped, each time whole or not at all; of several processes the last one's stays. One that is damaged, cut short, or of another
+    /// adapter or driver is left unused, with one line on stderr. Only Vulkan's drivers give their pipelines out: on other
+    /// backends, in browsers and on devices of a host application nothing is read or written. Drivers run what is in the file: the folder must be as
+    /// safe from others as the program itself.
+    pub pipeline_cache: Option<PathBuf>,
     /// Kernels that were measured to be the fastest on this adapter or others. `None`: those of the file that `RANKMIX_KERNELS` names, if
     /// there is one.
     pub kernels: Option<TunedKernels>,
@@ -126,8 +138,9 @@ impl Device {
         };
         let (device, queue, summary) = adapter::open(&adapter).await?;
         let choices = kernels.choices(&summary);
-        let gpu = Gpu::new(device, queue, summary, options.checked, true);
+        let mut gpu = Gpu::new(device, queue, summary, options.checked, true);
         gpu.choose_kernels(choices);
+        gpu.keep_pipelines(options.pipeline_cache.clone())?;
         Ok(Self {
             kind: Kind::Gpu(Arc::new(gpu)),
         })
@@ -234,6 +247,18 @@ impl Device {
         match &self.kind {
             Kind::Gpu(gpu) => gpu.checked,
             Kind::Host { checked, .. } => *checked,
+        }
+    }
+
+    /// Writes the compiled pipelines to the folder of [`DeviceOptions::pipeline_cache`]; whether there was something new to write. `false`
+    /// where there is no such folder or the driver gives no pipelines out. Dropping the device's last clone does the same.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the file cannot be written.
+    pub fn save_pipelines(&self) -> Result<bool> {
+        match &self.kind {
+            Kind::Gpu(gpu) => gpu.save_pipelines(),
+            Kind::Host { .. } => Ok(false),
         }
     }
 

@@ -2,11 +2,16 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+#[cfg(not(target_arch = "wasm32"))]
+use crate::device::PIPELINE_CACHE_VARIABLE;
 use crate::device::counters::LiveCounters;
 use crate::device::gpu::Gpu;
 use crate::device::launch::{Access, Launch, Shader};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::device::pipeline_file::PipelineFile;
 use crate::error::{Error, Result};
 
 #[derive(Debug)]
@@ -62,6 +67,19 @@ impl<K: Eq + Hash, V: Clone> BuiltOnce<K, V> {
 pub(crate) struct PipelineCache {
     modules: BuiltOnce<Shader, wgpu::ShaderModule>,
     pipelines: BuiltOnce<Key, Arc<Pipeline>>,
+    /// What earlier processes compiled, where the user wants it kept.
+    #[cfg(not(target_arch = "wasm32"))]
+    file: Option<PipelineFile>,
+}
+
+impl PipelineCache {
+    /// What the driver may know of pipelines from earlier processes.
+    fn compiled_before(&self) -> Option<&wgpu::PipelineCache> {
+        #[cfg(not(target_arch = "wasm32"))]
+        return self.file.as_ref().map(PipelineFile::cache);
+        #[cfg(target_arch = "wasm32")]
+        None
+    }
 }
 
 impl Key {
@@ -87,6 +105,38 @@ impl Key {
 /// The size of a launch's uniform parameters, padded as WGSL pads a struct in uniform memory.
 pub(crate) fn param_bytes(launch: &Launch) -> u64 {
     (launch.params.len().max(1) as u64 * 4).next_multiple_of(16)
+}
+
+#[cfg(not(target_arch = "wasm32"))]
+impl Gpu {
+    /// Keeps compiled pipelines in a folder, or else in the one that the environment names, if it does.
+    pub(crate) fn keep_pipelines(&mut self, folder: Option<PathBuf>) -> Result<()> {
+        let named = || std::env::var_os(PIPELINE_CACHE_VARIABLE).map(PathBuf::from);
+        let folder = folder.or_else(named);
+        if let Some(folder) = folder.filter(|folder| !folder.as_os_str().is_empty()) {
+            self.pipelines.file = PipelineFile::open(self, &folder)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn save_pipelines(&self) -> Result<bool> {
+        self.pipelines
+            .file
+            .as_ref()
+            .map_or(Ok(false), PipelineFile::save)
+    }
+}
+
+/// A browser keeps what it compiles by itself, and gives none of it out.
+#[cfg(target_arch = "wasm32")]
+impl Gpu {
+    pub(crate) fn keep_pipelines(&mut self, _folder: Option<PathBuf>) -> Result<()> {
+        Ok(())
+    }
+
+    pub(crate) fn save_pipelines(&self) -> Result<bool> {
+        Ok(false)
+    }
 }
 
 impl Gpu {
@@ -208,7 +258,7 @@ impl Gpu {
                         zero_initialize_workgroup_memory: self.checked
                             && !matches!(self.summary.backend, "gl" | "dx12"),
                     },
-                    cache: None,
+                    cache: self.pipelines.compiled_before(),
                 });
             Pipeline { pipeline, layout }
         })

@@ -6,10 +6,8 @@ use crate::device::{
 };
 use crate::error::Result;
 use crate::graph::{Graph, Source, Storage};
-use crate::ops::{AliasKind, shader};
+use crate::ops::{AliasKind, element_wise, shader};
 use crate::tensor::TensorType;
-
-const WORKGROUP: usize = 64;
 
 /// What every value is stored in, given what each parameter is (by its number). Values that share memory are stored alike: if one
 /// of them must stay in f32, all do.
@@ -158,9 +156,9 @@ pub(crate) fn conversion(
         Storage::F32 => ("pack", [1, 2]),
         Storage::F16 => ("unpack", [3, 4]),
     };
-    Launch::new(shader!("half", "narrow_packed"), entry)
+    let launch = Launch::new(shader!("half", "narrow_packed"), entry)
         .read(numbers[0], source)
         .write(numbers[1], target)
-        .param(elements)
-        .folded(elements.div_ceil(4 * WORKGROUP), capabilities)
+        .param(elements);
+    element_wise(launch, elements, capabilities)
 }

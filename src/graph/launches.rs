@@ -6,7 +6,7 @@ use crate::graph::compiled::Compiled;
 use crate::graph::halves::{conversion, storages};
 use crate::graph::plan::{Place, Plan, Target, plan};
 use crate::graph::{Graph, Storage};
-use crate::ops::shader;
+use crate::ops::{element_wise, shader};
 use crate::tensor::DType;
 
 const WORKGROUP: usize = 64;
@@ -99,11 +99,11 @@ fn copy(compiled: &Compiled, from: u32, to: u32, capabilities: &Capabilities) ->
         return conversion(stored(from), elements, source, target, capabilities);
     }
     let words = compiled.bytes(from).div_ceil(16) as usize;
-    Launch::new(shader!("copy"), "forward")
+    let launch = Launch::new(shader!("copy"), "forward")
         .read(1, source)
         .write(2, target)
-        .param(words)
-        .folded(words.div_ceil(WORKGROUP), capabilities)
+        .param(words);
+    element_wise(launch, 4 * words, capabilities)
 }
 
 /// Looks for NaN and infinity in a value: the check of that number.

@@ -5,12 +5,11 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::spread::element_wise;
 use crate::ops::{
     Alias, AliasKind, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_f32, shader,
 };
 use crate::tensor::TensorType;
-
-const WORKGROUP: usize = 64;
 
 #[derive(Clone, Copy, Debug)]
 struct Accumulate {
@@ -122,9 +121,8 @@ impl Op for Accumulate {
             .read(1, Slot::Input(1))
             .write(2, Slot::Output(0))
             .param(elements)
-            .param(self.scale as f32)
-            .folded(elements.div_ceil(4 * WORKGROUP), capabilities)?;
-        Ok(launch.into())
+            .param(self.scale as f32);
+        Ok(element_wise(launch, elements, capabilities)?.into())
     }
 
     host_reference!();

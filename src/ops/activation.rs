@@ -7,12 +7,11 @@ use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::silu::sigmoids;
+use crate::ops::spread::element_wise;
 use crate::ops::{
     HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, expect_f32, shader,
 };
 use crate::tensor::{DType, TensorType};
-
-const WORKGROUP: usize = 64;
 
 /// What a feed-forward layer does to its hidden numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -192,9 +191,8 @@ impl Op for Activate {
         let elements = io.outputs[0].elements();
         let launch = launch(self.activation, self.gated, "forward")
             .write(3, Slot::Output(0))
-            .param(elements)
-            .folded(elements.div_ceil(4 * WORKGROUP), capabilities)?;
-        Ok(launch.into())
+            .param(elements);
+        Ok(element_wise(launch, elements, capabilities)?.into())
     }
 
     host_reference!();
@@ -250,14 +248,14 @@ impl Op for ActivateBackward {
         } else {
             launches.scratch_words(4)
         };
-        launches.launches.push(
-            launch(self.activation, self.gated, "backward")
-                .read(4, Slot::Input(1 + usize::from(self.gated)))
-                .write(5, Slot::Output(0))
-                .write(6, d_up)
-                .param(elements)
-                .folded(elements.div_ceil(4 * WORKGROUP), capabilities)?,
-        );
+        let launch = launch(self.activation, self.gated, "backward")
+            .read(4, Slot::Input(1 + usize::from(self.gated)))
+            .write(5, Slot::Output(0))
+            .write(6, d_up)
+            .param(elements);
+        launches
+            .launches
+            .push(element_wise(launch, elements, capabilities)?);
         Ok(launches)
     }
 

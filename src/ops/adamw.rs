@@ -4,12 +4,11 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Graph, Value};
 use crate::host_reference;
+use crate::ops::spread::element_wise;
 use crate::ops::{
     Alias, AliasKind, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_f32, shader,
 };
 use crate::tensor::TensorType;
-
-const WORKGROUP: usize = 64;
 
 /// The constants of AdamW (Loshchilov and Hutter, arXiv 1711.05101), with PyTorch's defaults.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -170,9 +169,8 @@ impl Op for AdamWStep {
             .param((1.0 - beta1) as f32)
             .param((1.0 - beta2) as f32)
             .param(epsilon as f32)
-            .param(weight_decay as f32)
-            .folded(elements.div_ceil(4 * WORKGROUP), capabilities)?;
-        Ok(launch.into())
+            .param(weight_decay as f32);
+        Ok(element_wise(launch, elements, capabilities)?.into())
     }
 
     host_reference!();

@@ -4,12 +4,11 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Graph, Value};
 use crate::host_reference;
+use crate::ops::spread::element_wise;
 use crate::ops::{
     Alias, AliasKind, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_f32, shader,
 };
 use crate::tensor::TensorType;
-
-const WORKGROUP: usize = 64;
 
 /// Inputs: the parameter, the value.
 #[derive(Clone, Copy, Debug)]
@@ -62,9 +61,8 @@ impl Op for Assign {
         let launch = Launch::new(shader!("assign"), "forward")
             .read(1, Slot::Input(1))
             .write(2, Slot::Output(0))
-            .param(elements)
-            .folded(elements.div_ceil(4 * WORKGROUP), capabilities)?;
-        Ok(launch.into())
+            .param(elements);
+        Ok(element_wise(launch, elements, capabilities)?.into())
     }
 
     host_reference!();

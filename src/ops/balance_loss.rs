@@ -203,14 +203,14 @@ impl Op for Balance {
         let mixed = launches.scratch_words(tokens);
         launches.launches.push(
             launch("load")
-                .constant("WORKGROUP", row_workgroup(choices))
+                .constant("WORKGROUP", row_workgroup(choices, capabilities))
                 .read(2, Slot::Input(1))
                 .write(3, Slot::Output(1))
                 .folded(experts, capabilities)?,
         );
         launches.launches.push(
             launch("row")
-                .constant("WORKGROUP", row_workgroup(experts))
+                .constant("WORKGROUP", row_workgroup(experts, capabilities))
                 .read(1, Slot::Input(0))
                 .read(4, Slot::Output(1))
                 .write(5, mixed)
@@ -271,7 +271,7 @@ impl Op for BalanceBackward {
         let [tokens, experts] = dims_f32(self.name(), "the logits", &io.inputs[0])?;
         // The choices matter to the load alone.
         let launch = launch("backward", [tokens, experts], 0, self.factor)
-            .constant("WORKGROUP", row_workgroup(experts))
+            .constant("WORKGROUP", row_workgroup(experts, capabilities))
             .read(1, Slot::Input(0))
             .read(4, Slot::Input(1))
             .read(6, Slot::Input(2))

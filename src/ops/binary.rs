@@ -4,6 +4,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::spread::element_wise;
 use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, shader};
 use crate::tensor::{DType, Shape, TensorType};
 
@@ -249,10 +250,12 @@ impl Op for Binary {
                 .param(at(&pattern.steps[0], 0))
                 .param(at(&pattern.steps[1], 0));
         }
-        let per_group = if same { 4 * WORKGROUP } else { WORKGROUP };
-        Ok(launch
-            .folded(elements.div_ceil(per_group), capabilities)?
-            .into())
+        let launch = if same {
+            element_wise(launch, elements, capabilities)?
+        } else {
+            launch.folded(elements.div_ceil(WORKGROUP), capabilities)?
+        };
+        Ok(launch.into())
     }
 
     host_reference!();

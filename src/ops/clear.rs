@@ -4,12 +4,11 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Graph, Value};
 use crate::host_reference;
+use crate::ops::spread::element_wise;
 use crate::ops::{
     Alias, AliasKind, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, shader,
 };
 use crate::tensor::{DType, TensorType};
-
-const WORKGROUP: usize = 64;
 
 #[derive(Clone, Copy, Debug)]
 struct Clear;
@@ -63,9 +62,8 @@ impl Op for Clear {
         let elements = io.outputs[0].elements();
         let launch = Launch::new(shader!("clear"), "forward")
             .write(1, Slot::Output(0))
-            .param(elements)
-            .folded(elements.div_ceil(4 * WORKGROUP), capabilities)?;
-        Ok(launch.into())
+            .param(elements);
+        Ok(element_wise(launch, elements, capabilities)?.into())
     }
 
     host_reference!();

@@ -242,7 +242,7 @@ impl Op for CombineBackward {
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let sizes = CombineSizes::read(self.name(), self.rows_per_token, io.inputs)?;
         let launch = Launch::new(shader!("combine", "reduce"), "backward")
-            .constant("WORKGROUP", row_workgroup(sizes.width))
+            .constant("WORKGROUP", row_workgroup(sizes.width, capabilities))
             .read(1, Slot::Input(0))
             .read(2, Slot::Input(1))
             .read(3, Slot::Input(2))

@@ -137,7 +137,7 @@ impl Op for CrossEntropy {
         };
         launches.launches.push(
             launch("row")
-                .constant("WORKGROUP", row_workgroup(classes))
+                .constant("WORKGROUP", row_workgroup(classes, capabilities))
                 .read(1, Slot::Input(0))
                 .read(2, Slot::Input(1))
                 .write(3, Slot::Output(1))

@@ -48,6 +48,7 @@ mod silu;
 mod softmax;
 mod sort;
 mod sort_block;
+mod spread;
 mod subgroup_tile;
 mod sum;
 mod threefry;
@@ -72,12 +73,13 @@ pub(crate) use loss_scale::STATE_LENGTH;
 pub use matmul::{MatMul, Product};
 pub use mix_cores::CoreMix;
 pub(crate) use noise::check_dropout;
-pub use peak::MultiplyAdds;
+pub use peak::{CopyForm, MultiplyAdds};
 pub use rotation::Rotation;
 pub use route::{Route, Routed, Score};
 pub use router_metrics::RouterMetrics;
 pub use segments::{Layout, Segments};
 pub use sort::Sorted;
+pub(crate) use spread::{element_wise, row_workgroup};
 pub use threefry::threefry;
 pub use work::Work;
 
@@ -252,16 +254,6 @@ pub(crate) use shader;
 
 /// The invocations of a workgroup that reduces a whole tensor by itself.
 pub(crate) const TOTAL_WORKGROUP: u32 = 256;
-
-/// The invocations of a workgroup that reduces one row of so many elements: a power of two. The bound depends on the length
-/// alone, so that the order of the additions does too. On software Vulkan eight for 512 rows of 8 take a third of the time of 64.
-pub(crate) fn row_workgroup(length: usize) -> u32 {
-    match length {
-        0..=32 => 8,
-        33..=1024 => 64,
-        _ => 256,
-    }
-}
 
 /// How many operands an operation takes.
 pub(crate) fn expect_count(op: &'static str, inputs: &[TensorType], count: usize) -> Result<()> {

@@ -7,13 +7,13 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::spread::element_wise;
 use crate::ops::threefry::threefry;
 use crate::ops::{
     HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, expect_i32, shader,
 };
 use crate::tensor::{DType, TensorType};
 
-const WORKGROUP: usize = 64;
 /// Elements that the CPU makes in one piece: even, because two of them share a block of random words.
 const CHUNK: usize = 4096;
 
@@ -181,9 +181,8 @@ impl Op for Noise {
             .param(elements)
             .param(self.stream)
             .param(self.threshold())
-            .param(self.scale())
-            .folded(elements.div_ceil(4 * WORKGROUP), capabilities)?;
-        Ok(launch.into())
+            .param(self.scale());
+        Ok(element_wise(launch, elements, capabilities)?.into())
     }
 
     host_reference!();

@@ -6,7 +6,9 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
-use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, shader};
+use crate::ops::{
+    HostIo, LaunchTypes, Op, Real, Work, element_wise, expect_count, expect_dtype, shader,
+};
 use crate::tensor::{DType, TensorType};
 
 const WORKGROUP: usize = 64;
@@ -29,9 +31,18 @@ pub struct MultiplyAdds {
     pub fused: bool,
 }
 
-/// A copy of a tensor.
+/// How a copy is spread over invocations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopyForm {
+    /// Invocations of a workgroup: 64, 128 or 256.
+    pub workgroup: usize,
+    /// Pieces of 16 bytes that each takes, a workgroup apart: 1, 2 or 4.
+    pub quads: usize,
+}
+
+/// A copy of a tensor, spread as kernels are or as given.
 #[derive(Clone, Copy, Debug)]
-struct Copy;
+struct Copy(Option<CopyForm>);
 
 impl Graph {
     /// Keeps a device's arithmetic units busy and nothing else, to measure how fast they are: the sum of chains of multiply-adds that start
@@ -48,7 +59,15 @@ impl Graph {
     /// # Errors
     /// [`Error::Shape`] if `x` holds integers.
     pub fn copy(&mut self, x: Value) -> Result<Value> {
-        self.apply1(Copy, &[x])
+        self.apply1(Copy(None), &[x])
+    }
+
+    /// [`Graph::copy`] with the work spread as given, because adapters differ in what is fastest.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if `form` is none of the forms there are; [`Error::Shape`] if `x` holds integers.
+    pub fn copy_in_form(&mut self, x: Value, form: CopyForm) -> Result<Value> {
+        self.apply1(Copy(Some(form)), &[x])
     }
 }
 
@@ -103,13 +122,32 @@ impl Op for MultiplyAdds {
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let launch = launch("multiply_adds", io, self.turns, capabilities)?
+        let elements = io.outputs[0].elements();
+        let launch = launch("multiply_adds", io, self.turns)
             .constant("CHAINS", self.chains as f64)
-            .constant("FUSED", self.fused);
+            .constant("FUSED", self.fused)
+            .folded(elements.div_ceil(4 * WORKGROUP), capabilities)?;
         Ok(launch.into())
     }
 
     host_reference!();
+}
+
+impl CopyForm {
+    /// Every form that there is.
+    pub const ALL: [Self; 9] = {
+        let mut forms = [Self {
+            workgroup: 64,
+            quads: 1,
+        }; 9];
+        let mut which = 0;
+        while which < forms.len() {
+            forms[which].workgroup = 64 << (which / 3);
+            forms[which].quads = 1 << (which % 3);
+            which += 1;
+        }
+        forms
+    };
 }
 
 impl Copy {
@@ -129,6 +167,13 @@ impl Op for Copy {
     }
 
     fn outputs(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
+        if let Some(form) = self.0.filter(|form| !CopyForm::ALL.contains(form)) {
+            return Err(Error::setting(
+                "form",
+                format!("{} x {}", form.workgroup, form.quads),
+                "a copy has 64, 128 or 256 invocations a workgroup, and each takes 1, 2 or 4 pieces",
+            ));
+        }
         expect_count(self.name(), inputs, 1)?;
         expect_dtype(self.name(), "the operand", &inputs[0], DType::F32)?;
         Ok(vec![inputs[0].clone()])
@@ -142,25 +187,27 @@ impl Op for Copy {
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        Ok(launch("copy", io, 0, capabilities)?.into())
+        let elements = io.outputs[0].elements();
+        let launch = launch("copy", io, 0);
+        let launch = match self.0 {
+            None => element_wise(launch, elements, capabilities)?,
+            Some(CopyForm { workgroup, quads }) => launch
+                .constant("WORKGROUP", workgroup as f64)
+                .constant("QUADS", quads as f64)
+                .folded(elements.div_ceil(4 * workgroup * quads), capabilities)?,
+        };
+        Ok(launch.into())
     }
 
     host_reference!();
 }
 
-fn launch(
-    entry: &'static str,
-    io: LaunchTypes<'_>,
-    turns: usize,
-    capabilities: &Capabilities,
-) -> Result<Launch> {
-    let elements = io.outputs[0].elements();
+fn launch(entry: &'static str, io: LaunchTypes<'_>, turns: usize) -> Launch {
     Launch::new(shader!("peak"), entry)
         .read(1, Slot::Input(0))
         .write(2, Slot::Output(0))
-        .param(elements)
+        .param(io.outputs[0].elements())
         .param(turns)
         .param(FACTOR)
         .param(OFFSET)
-        .folded(elements.div_ceil(4 * WORKGROUP), capabilities)
 }

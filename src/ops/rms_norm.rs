@@ -2,10 +2,11 @@
 
 use rayon::prelude::*;
 
-use crate::device::{Capabilities, Launch, Launches, Slot};
+use crate::device::{AdapterClass, Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::spread::{ROW_LANES, row_by_invocation};
 use crate::ops::{
     HostIo, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_f32, row_workgroup, shader,
 };
@@ -15,6 +16,8 @@ use crate::tensor::TensorType;
 const COLUMNS: usize = 64;
 /// The fewest rows that are worth a partial sum of the weight's gradient.
 const SMALLEST_CHUNK: usize = 32;
+/// Partial sums that are enough where an invocation has four columns.
+const MOST_CHUNKS: usize = 512;
 
 /// Results: y, and the inverse root mean square of every row.
 #[derive(Clone, Copy, Debug)]
@@ -128,13 +131,23 @@ impl Op for RmsNorm {
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let [rows, n] = dims_f32(self.name(), "x", &io.inputs[0])?;
-        let launch = launch("forward", [rows, n], self.epsilon, rows)
-            .constant("WORKGROUP", row_workgroup(n))
-            .read(1, Slot::Input(0))
-            .read(2, Slot::Input(1))
-            .write(6, Slot::Output(0))
-            .write(7, Slot::Output(1))
-            .folded(rows, capabilities)?;
+        let launch = if row_by_invocation([rows, n], capabilities) {
+            launch("four_forward", [rows, n], self.epsilon, rows)
+                .constant("WORKGROUP", ROW_LANES as u32)
+                .read(8, Slot::Input(0))
+                .read(9, Slot::Input(1))
+                .write(12, Slot::Output(0))
+                .write(7, Slot::Output(1))
+                .folded(rows.div_ceil(ROW_LANES), capabilities)?
+        } else {
+            launch("forward", [rows, n], self.epsilon, rows)
+                .constant("WORKGROUP", row_workgroup(n, capabilities))
+                .read(1, Slot::Input(0))
+                .read(2, Slot::Input(1))
+                .write(6, Slot::Output(0))
+                .write(7, Slot::Output(1))
+                .folded(rows, capabilities)?
+        };
         Ok(launch.into())
     }
 
@@ -189,14 +202,25 @@ impl Op for InputGradient {
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let [rows, n] = dims_f32(self.name(), "x", &io.inputs[0])?;
-        let launch = launch("input_gradient", [rows, n], 0.0, rows)
-            .constant("WORKGROUP", row_workgroup(n))
-            .read(1, Slot::Input(0))
-            .read(2, Slot::Input(1))
-            .read(3, Slot::Input(2))
-            .read(4, Slot::Input(3))
-            .write(6, Slot::Output(0))
-            .folded(rows, capabilities)?;
+        let launch = if row_by_invocation([rows, n], capabilities) {
+            launch("four_input_gradient", [rows, n], 0.0, rows)
+                .constant("WORKGROUP", ROW_LANES as u32)
+                .read(8, Slot::Input(0))
+                .read(9, Slot::Input(1))
+                .read(3, Slot::Input(2))
+                .read(10, Slot::Input(3))
+                .write(12, Slot::Output(0))
+                .folded(rows.div_ceil(ROW_LANES), capabilities)?
+        } else {
+            launch("input_gradient", [rows, n], 0.0, rows)
+                .constant("WORKGROUP", row_workgroup(n, capabilities))
+                .read(1, Slot::Input(0))
+                .read(2, Slot::Input(1))
+                .read(3, Slot::Input(2))
+                .read(4, Slot::Input(3))
+                .write(6, Slot::Output(0))
+                .folded(rows, capabilities)?
+        };
         Ok(launch.into())
     }
 
@@ -238,17 +262,32 @@ impl Op for WeightGradient {
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let [rows, n] = dims_f32(self.name(), "x", &io.inputs[0])?;
-        let rows_per_chunk = rows.isqrt().max(SMALLEST_CHUNK);
+        // Four columns an invocation where a row is a whole number of vec4s, on software adapters: GPUs want many invocations more than
+        // long reads.
+        let four = capabilities.class == AdapterClass::Software && n.is_multiple_of(4);
+        let (kernels, bindings, rows_per_chunk) = if four {
+            let rows_per_chunk = rows.div_ceil(MOST_CHUNKS).max(SMALLEST_CHUNK);
+            let kernels = ["four_weight_partial", "four_weight_total"];
+            (kernels, [8, 10, 11, 12], rows_per_chunk)
+        } else {
+            let rows_per_chunk = rows.isqrt().max(SMALLEST_CHUNK);
+            let kernels = ["weight_partial", "weight_total"];
+            (kernels, [1, 4, 5, 6], rows_per_chunk)
+        };
+        let [x, dy, partial_sums, result] = bindings;
         let chunks = rows.div_ceil(rows_per_chunk);
-        let columns = n.div_ceil(COLUMNS);
+        let groups = |chunks: usize| match four {
+            true => (n / 4 * chunks).div_ceil(COLUMNS),
+            false => n.div_ceil(COLUMNS) * chunks,
+        };
         let sum_chunks = |to: Slot| {
-            launch("weight_partial", [rows, n], 0.0, rows_per_chunk)
+            launch(kernels[0], [rows, n], 0.0, rows_per_chunk)
                 .constant("WORKGROUP", COLUMNS as u32)
-                .read(1, Slot::Input(0))
+                .read(x, Slot::Input(0))
                 .read(3, Slot::Input(1))
-                .read(4, Slot::Input(2))
-                .write(6, to)
-                .folded(columns * chunks, capabilities)
+                .read(dy, Slot::Input(2))
+                .write(result, to)
+                .folded(groups(chunks), capabilities)
         };
         if chunks == 1 {
             return Ok(sum_chunks(Slot::Output(0))?.into());
@@ -257,11 +296,11 @@ impl Op for WeightGradient {
         let partial = launches.scratch_words(chunks * n);
         launches.launches.push(sum_chunks(partial)?);
         launches.launches.push(
-            launch("weight_total", [rows, n], 0.0, rows_per_chunk)
+            launch(kernels[1], [rows, n], 0.0, rows_per_chunk)
                 .constant("WORKGROUP", COLUMNS as u32)
-                .read(5, partial)
-                .write(6, Slot::Output(0))
-                .folded(columns, capabilities)?,
+                .read(partial_sums, partial)
+                .write(result, Slot::Output(0))
+                .folded(groups(1), capabilities)?,
         );
         Ok(launches)
     }

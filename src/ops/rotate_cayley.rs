@@ -1,14 +1,21 @@
 //! The Cayley transform of a skew-symmetric matrix: `y = (I - Q)⁻¹ (I + Q) z`, one small linear system a row.
 
-use crate::device::{Launch, Slot};
+use crate::device::{Capabilities, Launch, Slot};
+use crate::error::Result;
 use crate::ops::rotation::{Kind, RowGradient};
+use crate::ops::spread::barrier_workgroup;
 use crate::ops::{Real, Rotation, shader};
 
 const WORKGROUP: usize = 64;
 
-/// Invocations that share the rows of the matrix; the others take its columns.
-fn lanes(rank: usize) -> usize {
-    rank.next_power_of_two().min(WORKGROUP)
+/// The kernel for a rank: `LANES` invocations share the rows of the matrix, the others take its columns. With every step of the elimination
+/// there is a barrier: lavapipe does 4,096 rows of rank 16 in 33 ms with one subgroup, in 83 with eight.
+fn launch(entry: &'static str, rank: usize, capabilities: &Capabilities) -> Launch {
+    let workgroup = barrier_workgroup(WORKGROUP, capabilities);
+    Launch::new(shader!("rotate_cayley"), entry)
+        .constant("WORKGROUP", workgroup as f64)
+        .constant("LANES", rank.next_power_of_two().min(workgroup) as f64)
+        .constant("RANK", rank as f64)
 }
 
 /// The solution of `(I - sign Q) x = right`, by elimination without pivots: the symmetric part of the matrix is I.
@@ -85,21 +92,17 @@ impl Kind for Cayley {
         }
     }
 
-    fn forward(self, rows: usize, rank: usize) -> (Launch, usize) {
-        let launch = Launch::new(shader!("rotate_cayley"), "forward")
-            .constant("LANES", lanes(rank) as f64)
-            .constant("RANK", rank as f64)
+    fn forward(self, rows: usize, rank: usize, capabilities: &Capabilities) -> Result<Launch> {
+        let launch = launch("forward", rank, capabilities)
             .read(1, Slot::Input(1))
             .read(2, Slot::Input(0))
             .write(5, Slot::Output(0))
             .param(rows);
-        (launch, rows)
+        launch.folded(rows, capabilities)
     }
 
-    fn backward(self, rows: usize, rank: usize) -> (Launch, usize) {
-        let launch = Launch::new(shader!("rotate_cayley"), "backward")
-            .constant("LANES", lanes(rank) as f64)
-            .constant("RANK", rank as f64)
+    fn backward(self, rows: usize, rank: usize, capabilities: &Capabilities) -> Result<Launch> {
+        let launch = launch("backward", rank, capabilities)
             .read(1, Slot::Input(1))
             .read(2, Slot::Input(2))
             .read(3, Slot::Input(3))
@@ -107,6 +110,6 @@ impl Kind for Cayley {
             .write(5, Slot::Output(0))
             .write(6, Slot::Output(1))
             .param(rows);
-        (launch, rows)
+        launch.folded(rows, capabilities)
     }
 }

@@ -1,6 +1,7 @@
 //! The chain of plane rotations over all pairs of coordinates, one after another.
 
-use crate::device::{Launch, Slot};
+use crate::device::{Capabilities, Launch, Slot};
+use crate::error::Result;
 use crate::ops::rotation::{Kind, RowGradient};
 use crate::ops::{Real, Rotation, shader};
 
@@ -76,7 +77,7 @@ impl Kind for Givens {
         chain_gradient(pairs(row.y.len()), row, dz, d_generator);
     }
 
-    fn forward(self, rows: usize, rank: usize) -> (Launch, usize) {
+    fn forward(self, rows: usize, rank: usize, capabilities: &Capabilities) -> Result<Launch> {
         let workgroup = workgroup(rank, 1);
         let launch = Launch::new(shader!("rotate_givens", "cos_sin"), "forward")
             .constant("WORKGROUP", workgroup as f64)
@@ -85,10 +86,10 @@ impl Kind for Givens {
             .read(2, Slot::Input(0))
             .write(4, Slot::Output(0))
             .param(rows);
-        (launch, rows.div_ceil(workgroup))
+        launch.folded(rows.div_ceil(workgroup), capabilities)
     }
 
-    fn backward(self, rows: usize, rank: usize) -> (Launch, usize) {
+    fn backward(self, rows: usize, rank: usize, capabilities: &Capabilities) -> Result<Launch> {
         let workgroup = workgroup(rank, 2);
         let launch = Launch::new(shader!("rotate_givens", "cos_sin"), "backward")
             .constant("WORKGROUP", workgroup as f64)
@@ -99,6 +100,6 @@ impl Kind for Givens {
             .write(4, Slot::Output(0))
             .write(5, Slot::Output(1))
             .param(rows);
-        (launch, rows.div_ceil(workgroup))
+        launch.folded(rows.div_ceil(workgroup), capabilities)
     }
 }

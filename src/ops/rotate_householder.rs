@@ -1,7 +1,9 @@
 //! A pair of Householder reflections, `y = H(u + v) H(u) z`: one rotation in the plane of u and v, by twice the angle between u and u + v.
 
-use crate::device::{Launch, Slot};
+use crate::device::{Capabilities, Launch, Slot};
+use crate::error::Result;
 use crate::ops::rotation::{Kind, RowGradient};
+use crate::ops::spread::barrier_workgroup;
 use crate::ops::{Real, Rotation, shader};
 
 const WORKGROUP: usize = 64;
@@ -63,11 +65,13 @@ fn is_still<R: Real>(generator: &[R]) -> bool {
 pub(crate) struct Householder;
 
 impl Householder {
-    fn launch(entry: &'static str, rank: usize) -> (Launch, usize) {
-        let lanes = rank.next_power_of_two().min(WORKGROUP);
-        let launch =
-            Launch::new(shader!("rotate_householder"), entry).constant("LANES", lanes as f64);
-        (launch, WORKGROUP / lanes)
+    fn launch(entry: &'static str, rank: usize, capabilities: &Capabilities) -> (Launch, usize) {
+        let workgroup = barrier_workgroup(WORKGROUP, capabilities);
+        let lanes = rank.next_power_of_two().min(workgroup);
+        let launch = Launch::new(shader!("rotate_householder"), entry)
+            .constant("WORKGROUP", workgroup as f64)
+            .constant("LANES", lanes as f64);
+        (launch, workgroup / lanes)
     }
 }
 
@@ -110,8 +114,8 @@ impl Kind for Householder {
         d_v.copy_from_slice(&dw);
     }
 
-    fn forward(self, rows: usize, rank: usize) -> (Launch, usize) {
-        let (launch, rows_per_group) = Self::launch("forward", rank);
+    fn forward(self, rows: usize, rank: usize, capabilities: &Capabilities) -> Result<Launch> {
+        let (launch, rows_per_group) = Self::launch("forward", rank, capabilities);
         let launch = launch
             .read(1, Slot::Input(1))
             .read(2, Slot::Input(0))
@@ -119,11 +123,11 @@ impl Kind for Householder {
             .param(rows)
             .param(rank)
             .param(start(rank) as f32);
-        (launch, rows.div_ceil(rows_per_group))
+        launch.folded(rows.div_ceil(rows_per_group), capabilities)
     }
 
-    fn backward(self, rows: usize, rank: usize) -> (Launch, usize) {
-        let (launch, rows_per_group) = Self::launch("backward", rank);
+    fn backward(self, rows: usize, rank: usize, capabilities: &Capabilities) -> Result<Launch> {
+        let (launch, rows_per_group) = Self::launch("backward", rank, capabilities);
         let launch = launch
             .read(1, Slot::Input(1))
             .read(2, Slot::Input(0))
@@ -133,6 +137,6 @@ impl Kind for Householder {
             .param(rows)
             .param(rank)
             .param(start(rank) as f32);
-        (launch, rows.div_ceil(rows_per_group))
+        launch.folded(rows.div_ceil(rows_per_group), capabilities)
     }
 }

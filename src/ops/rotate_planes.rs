@@ -3,9 +3,7 @@
 use crate::device::{Capabilities, Launch, Slot};
 use crate::error::Result;
 use crate::ops::rotation::{Kind, RowGradient};
-use crate::ops::{Real, Rotation, shader};
-
-const WORKGROUP: usize = 64;
+use crate::ops::{Real, Rotation, element_wise, shader};
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Planes;
@@ -17,12 +15,12 @@ pub(crate) fn rotate(
     y: Slot,
     capabilities: &Capabilities,
 ) -> Result<Launch> {
-    Launch::new(shader!("rotate_planes", "cos_sin"), "forward")
+    let launch = Launch::new(shader!("rotate_planes", "cos_sin", "rotate_two"), "forward")
         .read(1, angles)
         .read(2, z)
         .write(4, y)
-        .param(pairs)
-        .folded(pairs.div_ceil(WORKGROUP), capabilities)
+        .param(pairs);
+    element_wise(launch, 2 * pairs, capabilities)
 }
 
 impl Kind for Planes {
@@ -63,25 +61,23 @@ impl Kind for Planes {
         }
     }
 
-    fn forward(self, rows: usize, rank: usize) -> (Launch, usize) {
-        let pairs = rows * rank / 2;
-        let launch = Launch::new(shader!("rotate_planes", "cos_sin"), "forward")
-            .read(1, Slot::Input(1))
-            .read(2, Slot::Input(0))
-            .write(4, Slot::Output(0))
-            .param(pairs);
-        (launch, pairs.div_ceil(WORKGROUP))
+    fn forward(self, rows: usize, rank: usize, capabilities: &Capabilities) -> Result<Launch> {
+        let (z, angles) = (Slot::Input(0), Slot::Input(1));
+        rotate(rows * rank / 2, [z, angles], Slot::Output(0), capabilities)
     }
 
-    fn backward(self, rows: usize, rank: usize) -> (Launch, usize) {
+    fn backward(self, rows: usize, rank: usize, capabilities: &Capabilities) -> Result<Launch> {
         let pairs = rows * rank / 2;
-        let launch = Launch::new(shader!("rotate_planes", "cos_sin"), "backward")
-            .read(1, Slot::Input(1))
-            .read(2, Slot::Input(0))
-            .read(3, Slot::Input(2))
-            .write(4, Slot::Output(0))
-            .write(5, Slot::Output(1))
-            .param(pairs);
-        (launch, pairs.div_ceil(WORKGROUP))
+        let launch = Launch::new(
+            shader!("rotate_planes", "cos_sin", "rotate_two"),
+            "backward",
+        )
+        .read(1, Slot::Input(1))
+        .read(2, Slot::Input(0))
+        .read(3, Slot::Input(2))
+        .write(4, Slot::Output(0))
+        .write(5, Slot::Output(1))
+        .param(pairs);
+        element_wise(launch, 2 * pairs, capabilities)
     }
 }

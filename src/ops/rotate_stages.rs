@@ -1,8 +1,10 @@
 //! Plane rotations in stages, the butterfly and the brick wall: the pairs of a stage have no coordinate in common and turn at once.
 
-use crate::device::{Launch, Slot};
+use crate::device::{Capabilities, Launch, Slot};
+use crate::error::Result;
 use crate::ops::rotate_givens::{WORKGROUP_WORDS, chain_gradient, rotate_chain};
 use crate::ops::rotation::{Kind, RowGradient};
+use crate::ops::spread::barrier_workgroup;
 use crate::ops::{Real, Rotation, shader};
 
 const WORKGROUP: usize = 64;
@@ -83,14 +85,21 @@ impl Stages {
         })
     }
 
-    fn launch(self, entry: &'static str, rank: usize) -> (Launch, usize) {
-        // An invocation a pair: the lanes of a row have two coordinates each, up to rank 128.
-        let lanes = rank.div_ceil(2).next_power_of_two().min(WORKGROUP);
+    fn launch(
+        self,
+        entry: &'static str,
+        rank: usize,
+        capabilities: &Capabilities,
+    ) -> (Launch, usize) {
+        let workgroup = barrier_workgroup(WORKGROUP, capabilities);
+        // An invocation a pair: the lanes of a row have two coordinates each, as far as the workgroup goes.
+        let lanes = rank.div_ceil(2).next_power_of_two().min(workgroup);
         let launch = Launch::new(shader!("rotate_stages", "cos_sin"), entry)
+            .constant("WORKGROUP", workgroup as f64)
             .constant("LANES", lanes as f64)
-            .constant("WORDS", rank.max(2 * WORKGROUP) as f64)
+            .constant("WORDS", rank.max(2 * workgroup) as f64)
             .constant("BRICK_WALL", matches!(self, Self::BrickWall { .. }));
-        (launch, WORKGROUP / lanes)
+        (launch, workgroup / lanes)
     }
 
     fn params(self, launch: Launch, rows: usize, rank: usize) -> Launch {
@@ -129,30 +138,26 @@ impl Kind for Stages {
         chain_gradient(self.pairs(row.y.len()), row, dz, d_generator);
     }
 
-    fn forward(self, rows: usize, rank: usize) -> (Launch, usize) {
-        let (launch, rows_per_group) = self.launch("forward", rank);
+    fn forward(self, rows: usize, rank: usize, capabilities: &Capabilities) -> Result<Launch> {
+        let (launch, rows_per_group) = self.launch("forward", rank, capabilities);
         let launch = launch
             .read(1, Slot::Input(1))
             .read(2, Slot::Input(0))
             .write(4, Slot::Output(0));
-        (
-            self.params(launch, rows, rank),
-            rows.div_ceil(rows_per_group),
-        )
+        self.params(launch, rows, rank)
+            .folded(rows.div_ceil(rows_per_group), capabilities)
     }
 
-    fn backward(self, rows: usize, rank: usize) -> (Launch, usize) {
-        let (launch, rows_per_group) = self.launch("backward", rank);
+    fn backward(self, rows: usize, rank: usize, capabilities: &Capabilities) -> Result<Launch> {
+        let (launch, rows_per_group) = self.launch("backward", rank, capabilities);
         let launch = launch
             .read(1, Slot::Input(1))
             .read(2, Slot::Input(0))
             .read(3, Slot::Input(2))
             .write(4, Slot::Output(0))
             .write(5, Slot::Output(1));
-        (
-            self.params(launch, rows, rank),
-            rows.div_ceil(rows_per_group),
-        )
+        self.params(launch, rows, rank)
+            .folded(rows.div_ceil(rows_per_group), capabilities)
     }
 }
 

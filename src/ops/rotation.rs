@@ -246,10 +246,10 @@ pub(crate) trait Kind: fmt::Debug + Clone + Copy + Send + Sync + 'static {
     fn names(self) -> [&'static str; 2];
     fn rotate<R: Real>(self, z: &[R], generator: &[R], y: &mut [R]);
     fn gradient<R: Real>(self, row: RowGradient<'_, R>, dz: &mut [R], d_generator: &mut [R]);
-    /// The kernel and how many workgroups it needs. Inputs: z, generator. Output: y.
-    fn forward(self, rows: usize, rank: usize) -> (Launch, usize);
+    /// Inputs: z, generator. Output: y.
+    fn forward(self, rows: usize, rank: usize, capabilities: &Capabilities) -> Result<Launch>;
     /// Inputs: y, generator, dy, and z if it is kept. Outputs: dz, the gradient of the generator.
-    fn backward(self, rows: usize, rank: usize) -> (Launch, usize);
+    fn backward(self, rows: usize, rank: usize, capabilities: &Capabilities) -> Result<Launch>;
 }
 
 /// Checks `[rows, rank]` latents and `[rows, numbers]` generators, and returns rows and rank.
@@ -336,8 +336,7 @@ impl<K: Kind> Op for Rotate<K> {
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let [rows, rank] = sizes(self.0, self.name(), io.inputs)?;
-        let (launch, groups) = self.0.forward(rows, rank);
-        Ok(launch.folded(groups, capabilities)?.into())
+        Ok(self.0.forward(rows, rank, capabilities)?.into())
     }
 
     host_reference!();
@@ -393,8 +392,7 @@ impl<K: Kind> Op for RotateBackward<K> {
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let [rows, rank] = sizes(self.0, self.name(), io.inputs)?;
-        let (launch, groups) = self.0.backward(rows, rank);
-        Ok(launch.folded(groups, capabilities)?.into())
+        Ok(self.0.backward(rows, rank, capabilities)?.into())
     }
 
     host_reference!();

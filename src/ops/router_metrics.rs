@@ -121,7 +121,7 @@ impl Op for Metrics {
             .write(3, Slot::Output(0))
             .write(4, Slot::Output(1))
             .folded(experts.div_ceil(64), capabilities)?;
-        let row = launch("row", row_workgroup(experts))
+        let row = launch("row", row_workgroup(experts, capabilities))
             .read(1, Slot::Input(0))
             .write(5, entropies)
             .folded(tokens, capabilities)?;

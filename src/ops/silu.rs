@@ -4,12 +4,11 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::spread::element_wise;
 use crate::ops::{
     Activation, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, expect_f32, shader,
 };
 use crate::tensor::{DType, TensorType};
-
-const WORKGROUP: usize = 64;
 
 #[derive(Clone, Copy, Debug)]
 struct Silu;
@@ -80,9 +79,8 @@ impl Op for Silu {
         let launch = Launch::new(shader!("silu"), "forward")
             .read(1, Slot::Input(0))
             .write(3, Slot::Output(0))
-            .param(elements)
-            .folded(elements.div_ceil(4 * WORKGROUP), capabilities)?;
-        Ok(launch.into())
+            .param(elements);
+        Ok(element_wise(launch, elements, capabilities)?.into())
     }
 
     host_reference!();
@@ -122,9 +120,8 @@ impl Op for SiluBackward {
             .read(1, Slot::Input(0))
             .read(2, Slot::Input(1))
             .write(3, Slot::Output(0))
-            .param(elements)
-            .folded(elements.div_ceil(4 * WORKGROUP), capabilities)?;
-        Ok(launch.into())
+            .param(elements);
+        Ok(element_wise(launch, elements, capabilities)?.into())
     }
 
     host_reference!();

@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
+use crate::ops::spread::{ROW_LANES, row_by_invocation};
 use crate::ops::{
     HostIo, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_f32, row_workgroup, shader,
 };
@@ -29,11 +30,30 @@ impl Graph {
     }
 }
 
-fn launch(entry: &'static str, [rows, columns]: [usize; 2]) -> Launch {
-    Launch::new(shader!("softmax", "reduce", "soft_max"), entry)
-        .constant("WORKGROUP", row_workgroup(columns))
+/// The kernel that takes a row by a workgroup, or by an invocation where that is better: each with its entry point and the numbers of its bindings,
+/// in the order of the inputs and then the output.
+fn launch(
+    [by_workgroup, by_invocation]: [(&'static str, &[u32]); 2],
+    [rows, columns]: [usize; 2],
+    capabilities: &Capabilities,
+) -> Result<Launches> {
+    let alone = row_by_invocation([rows, columns], capabilities);
+    let ((entry, bindings), workgroup, groups) = if alone {
+        (by_invocation, ROW_LANES as u32, rows.div_ceil(ROW_LANES))
+    } else {
+        (by_workgroup, row_workgroup(columns, capabilities), rows)
+    };
+    let mut launch = Launch::new(shader!("softmax", "reduce", "soft_max"), entry)
+        .constant("WORKGROUP", workgroup)
         .param(rows)
-        .param(columns)
+        .param(columns);
+    if let Some((&output, inputs)) = bindings.split_last() {
+        for (input, &number) in inputs.iter().enumerate() {
+            launch = launch.read(number, Slot::Input(input));
+        }
+        launch = launch.write(output, Slot::Output(0));
+    }
+    Ok(launch.folded(groups, capabilities)?.into())
 }
 
 impl Softmax {
@@ -81,12 +101,9 @@ impl Op for Softmax {
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let [rows, columns] = dims_f32(self.name(), "the logits", &io.inputs[0])?;
-        let launch = launch("forward", [rows, columns])
-            .read(1, Slot::Input(0))
-            .write(4, Slot::Output(0))
-            .folded(rows, capabilities)?;
-        Ok(launch.into())
+        let sizes = dims_f32(self.name(), "the logits", &io.inputs[0])?;
+        let kernels = [("forward", &[1, 4][..]), ("rows_forward", &[5, 8])];
+        launch(kernels, sizes, capabilities)
     }
 
     host_reference!();
@@ -132,13 +149,9 @@ impl Op for SoftmaxBackward {
     }
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let [rows, columns] = dims_f32(self.name(), "the probabilities", &io.inputs[0])?;
-        let launch = launch("backward", [rows, columns])
-            .read(2, Slot::Input(0))
-            .read(3, Slot::Input(1))
-            .write(4, Slot::Output(0))
-            .folded(rows, capabilities)?;
-        Ok(launch.into())
+        let sizes = dims_f32(self.name(), "the probabilities", &io.inputs[0])?;
+        let kernels = [("backward", &[2, 3, 4][..]), ("rows_backward", &[6, 7, 8])];
+        launch(kernels, sizes, capabilities)
     }
 
     host_reference!();

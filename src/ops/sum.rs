@@ -1,15 +1,24 @@
 //! Sums and means over axes, and the repetition that undoes them.
 
-use crate::device::{Capabilities, Launch, Launches, Slot};
+use crate::device::{AdapterClass, Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::spread::{ENOUGH_ROWS, LONGEST_LANE, row_by_invocation};
 use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, shader};
 use crate::tensor::{DType, Shape, TensorType};
 
 const WORKGROUP: usize = 64;
-/// Terms that one workgroup adds up; a longer sum takes a second pass over the partial sums.
+/// Terms that one workgroup adds up; a longer sum takes further passes over the partial sums.
 const CHUNK: usize = 4096;
+/// Terms that one invocation adds up where that leaves enough for the others to do.
+const ROW_CHUNK: usize = 1024;
+/// The fewest terms of a column that are worth a partial sum.
+const COLUMN_CHUNK: usize = 64;
+/// Partial sums of a column that are enough.
+const COLUMN_CHUNKS: usize = 512;
+/// Neighbouring sums that are worth an invocation for every four of them on a GPU, which reads memory in pieces of 128 bytes and more.
+const COLUMNS: usize = 64;
 
 /// Sums over neighbouring axes: the operand is `[outer, terms, inner]`, the result `[outer, inner]` in `shape`.
 #[derive(Clone, Debug)]
@@ -27,6 +36,46 @@ struct Repeat {
     terms: usize,
     inner: usize,
     shape: Shape,
+}
+
+/// One launch of a sum: the entry point, and the terms that it adds up to one number.
+#[derive(Clone, Copy, Debug)]
+struct Pass {
+    entry: &'static str,
+    per_chunk: usize,
+}
+
+impl Pass {
+    fn of([outer, terms, inner]: [usize; 3], capabilities: &Capabilities) -> Self {
+        let software = capabilities.class == AdapterClass::Software;
+        if inner.is_multiple_of(4) && (software || inner >= COLUMNS) {
+            return Self {
+                entry: "columns",
+                per_chunk: terms.div_ceil(COLUMN_CHUNKS).max(COLUMN_CHUNK),
+            };
+        }
+        let per_row = if outer >= ENOUGH_ROWS {
+            LONGEST_LANE
+        } else {
+            ROW_CHUNK
+        };
+        let rows = outer * terms.div_ceil(per_row);
+        let whole = terms.is_multiple_of(4);
+        if inner == 1 && whole && row_by_invocation([rows, per_row.min(terms)], capabilities) {
+            return Self {
+                entry: "rows",
+                per_chunk: per_row,
+            };
+        }
+        Self {
+            entry: "forward",
+            per_chunk: CHUNK,
+        }
+    }
+
+    fn chunks(self, terms: usize) -> usize {
+        terms.div_ceil(self.per_chunk).max(1)
+    }
 }
 
 impl Graph {
@@ -178,53 +227,39 @@ impl Op for Sum {
     }
 
     fn launches(&self, _io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
-        let sums = self.outer * self.inner;
-        let chunks = self.terms.div_ceil(CHUNK);
-        let pass =
-            |from: Slot, to: Slot, terms: usize, inner: usize, chunks: usize, outer: usize| {
-                Launch::new(shader!("sum", "reduce"), "forward")
-                    .read(1, from)
-                    .write(2, to)
-                    .param(outer * inner)
-                    .param(terms)
-                    .param(inner)
-                    .param(chunks)
-                    .folded(outer * inner * chunks, capabilities)
-            };
-        if chunks == 1 {
-            return Ok(pass(
-                Slot::Input(0),
-                Slot::Output(0),
-                self.terms,
-                self.inner,
-                1,
-                self.outer,
-            )?
-            .into());
-        }
-        // Partial sums: [outer, inner, chunks], then summed over the chunks. Their number is bounded by the second pass too.
-        if chunks > CHUNK {
-            return Err(Error::Limit {
-                thing: "a sum".to_owned(),
-                needed: self.terms as u64,
-                limit: (CHUNK * CHUNK) as u64,
-                unit: "terms",
-            });
-        }
         let mut launches = Launches::default();
-        let partial = launches.scratch_words(sums * chunks);
-        launches.launches.push(pass(
-            Slot::Input(0),
-            partial,
-            self.terms,
-            self.inner,
-            chunks,
-            self.outer,
-        )?);
-        launches
-            .launches
-            .push(pass(partial, Slot::Output(0), chunks, 1, 1, sums)?);
-        Ok(launches)
+        let (mut from, mut shape) = (Slot::Input(0), [self.outer, self.terms, self.inner]);
+        loop {
+            let pass = Pass::of(shape, capabilities);
+            let [outer, terms, inner] = shape;
+            let chunks = pass.chunks(terms);
+            let sums = outer * inner * chunks;
+            let to = match chunks {
+                1 => Slot::Output(0),
+                _ => launches.scratch_words(sums),
+            };
+            let launch = Launch::new(shader!("sum", "reduce"), pass.entry);
+            let (launch, invocations) = match pass.entry {
+                "forward" => (launch.read(1, from).write(2, to), sums * WORKGROUP),
+                "rows" => (launch.read(3, from).write(2, to), sums),
+                _ => (launch.read(3, from).write(4, to), sums / 4),
+            };
+            let launch = launch
+                .param(outer * inner)
+                .param(terms)
+                .param(inner)
+                .param(chunks)
+                .param(pass.per_chunk)
+                .folded(invocations.div_ceil(WORKGROUP), capabilities)?;
+            launches.launches.push(launch);
+            if chunks == 1 {
+                return Ok(launches);
+            }
+            (from, shape) = match pass.entry {
+                "columns" => (to, [outer, chunks, inner]),
+                _ => (to, [outer * inner, chunks, 1]),
+            };
+        }
     }
 
     host_reference!();
@@ -275,6 +310,7 @@ impl Op for Repeat {
             .param(self.terms)
             .param(self.inner)
             .param(1_usize)
+            .param(self.terms)
             .folded(elements.div_ceil(WORKGROUP), capabilities)?;
         Ok(launch.into())
     }

@@ -5,10 +5,9 @@ use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::silu::sigmoids;
+use crate::ops::spread::element_wise;
 use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, shader};
 use crate::tensor::{DType, TensorType};
-
-const WORKGROUP: usize = 64;
 
 /// Which function; the numbers are those of `shaders/unary.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -237,9 +236,8 @@ impl Op for Unary {
             .write(2, Slot::Output(0))
             .param(elements)
             .param(scale)
-            .param(offset)
-            .folded(elements.div_ceil(4 * WORKGROUP), capabilities)?;
-        Ok(launch.into())
+            .param(offset);
+        Ok(element_wise(launch, elements, capabilities)?.into())
     }
 
     host_reference!();

@@ -90,7 +90,7 @@ impl Op for ZLoss {
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let [tokens, experts] = dims_f32(self.name(), "the logits", &io.inputs[0])?;
         let row = launch("row", [tokens, experts])
-            .constant("WORKGROUP", row_workgroup(experts))
+            .constant("WORKGROUP", row_workgroup(experts, capabilities))
             .read(1, Slot::Input(0))
             .write(2, Slot::Output(1))
             .folded(tokens, capabilities)?;

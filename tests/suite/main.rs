@@ -23,6 +23,7 @@ mod moe_facts;
 mod moe_shapes;
 mod noise;
 mod parity;
+mod pipeline_cache;
 mod popularity;
 mod random;
 mod recomputation;
@@ -54,6 +55,7 @@ fn main() {
         foreign_kernels::trials(),
         gradients::trials(),
         parity::trials(),
+        pipeline_cache::trials(),
         golden::trials(),
         host::trials(),
         layers::trials(),

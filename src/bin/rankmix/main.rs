@@ -92,6 +92,7 @@ impl DeviceArguments {
             request: self.device.clone(),
             checked: self.checked,
             kernels: self.kernels.as_ref().map(TunedKernels::load).transpose()?,
+            ..DeviceOptions::default()
         })
     }
 }

@@ -214,8 +214,9 @@ fn print(report: &Report) {
         limits.fastest
     );
     println!(
-        "  memory      {:.1} GB/s, reading and writing of a copy",
-        limits.bytes_per_second * 1e-9
+        "  memory      {:.1} GB/s, reading and writing of a copy by {}",
+        limits.bytes_per_second * 1e-9,
+        limits.fastest_copy
     );
     println!("  a launch    {:.2} us", limits.launch_seconds * 1e6);
     println!(

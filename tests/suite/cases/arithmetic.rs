@@ -1,6 +1,6 @@
 //! Element-wise arithmetic, broadcasting, sums.
 
-use rankmix::ops::MultiplyAdds;
+use rankmix::ops::{Activation, CopyForm, MultiplyAdds};
 use rankmix::{Init, Tensor};
 
 use crate::case::{Case, floats, floats_in};
@@ -151,6 +151,46 @@ pub fn cases() -> Vec<Case> {
         })
         .forward_only(),
     ];
+    // One invocation a sum, or four sums; in chunks that are cut off, and in passes over passes.
+    for (dims, axis) in [
+        (&[65, 12][..], 1),
+        (&[64, 4100], 1),
+        (&[66_564], 0),
+        (&[3, 133, 8], 1),
+        (&[130, 64], 0),
+        (&[4200, 4], 0),
+    ] {
+        let name = format!("sum_{dims:?}_{axis}");
+        let build = move |g: &mut rankmix::Graph, v: &[rankmix::Value]| {
+            let y = g.sum(v[0], &[axis])?;
+            let mut results = g.gradients_from(&[(y, y)], &v[..1])?;
+            results.push(y);
+            Ok(results)
+        };
+        cases.push(Case::new(name, vec![floats(dims, 17)], build).forward_only());
+    }
+    // More than a workgroup's elements, several an invocation, and an end that fills neither.
+    let many = floats(&[4203], 18);
+    let build = |g: &mut rankmix::Graph, v: &[rankmix::Value]| {
+        let x = g.affine(v[0], 0.5, 0.25)?;
+        let y = g.mul(x, v[1])?;
+        let y = g.silu(y)?;
+        let y = g.activate(Activation::Gelu, y, Some(v[1]))?;
+        let y = g.copy(y)?;
+        let y = g.accumulate_scaled(y, v[0], 0.5)?;
+        let mut results = g.gradients_from(&[(y, v[0])], v)?;
+        results.push(y);
+        Ok(results)
+    };
+    let inputs = vec![many, floats(&[4203], 19)];
+    cases.push(Case::new("element_wise_4203", inputs, build).forward_only());
+    for form in CopyForm::ALL {
+        let name = format!("copy_{}_{}", form.workgroup, form.quads);
+        let build = move |g: &mut rankmix::Graph, v: &[rankmix::Value]| {
+            Ok(vec![g.copy_in_form(v[0], form)?])
+        };
+        cases.push(Case::new(name, vec![floats(&[4203], 20)], build).forward_only());
+    }
     for chains in [1, 3, MultiplyAdds::MAX_CHAINS] {
         for fused in [false, true] {
             let name = format!("multiply_adds_{chains}_{fused}");

@@ -37,7 +37,7 @@ pub fn cases() -> Vec<Case> {
             |g, v| Ok(vec![g.rms_norm(v[0], v[1], 1e-3)?]),
         ));
     }
-    for (rows, n) in [(133, 70), (3, 4096), (500, 33)] {
+    for (rows, n) in [(133, 70), (3, 4096), (500, 33), (133, 72), (64, 4096)] {
         let inputs = vec![
             floats(&[rows, n], 87),
             floats(&[n], 88),

@@ -77,6 +77,8 @@ pub fn cases() -> Vec<Case> {
         cases.push(case(Rotation::BrickWall { layers }, 3, rank, 2.0));
     }
     cases.push(large(Rotation::Planes, 5, 130, 3.0));
+    // More than a workgroup takes, and an odd number of pairs.
+    cases.push(large(Rotation::Planes, 131, 38, 3.0));
     cases.push(large(Rotation::Givens, 2, 100, 0.2));
     // More coordinates than the invocations of a workgroup take in one go.
     cases.push(large(Rotation::Butterfly, 3, 131, 1.0));

@@ -85,6 +85,16 @@ impl Sweep {
 
     /// Reductions of rows, whose workgroups grow with the length.
     fn rows(&mut self) {
+        // By a workgroup, and by an invocation on software adapters.
+        for (count, length) in [(64, 64), (64, 4100)] {
+            let rows = TensorType::f32([count, length]);
+            self.add(from_ref(&rows), |graph, v| graph.softmax(v[0]));
+            self.add(&[rows.clone(), TensorType::f32([length])], |graph, v| {
+                graph.rms_norm(v[0], v[1], 1e-6)
+            });
+            self.add(from_ref(&rows), |graph, v| graph.sum(v[0], &[0]));
+            self.add(from_ref(&rows), |graph, v| graph.sum(v[0], &[1]));
+        }
         for length in [32, 64, 1025] {
             let rows = TensorType::f32([3, length]);
             self.add(from_ref(&rows), |graph, v| graph.softmax(v[0]));

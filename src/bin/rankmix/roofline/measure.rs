@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use rankmix::device::AdapterClass;
 use rankmix::graph::Cost;
-use rankmix::ops::MultiplyAdds;
+use rankmix::ops::{CopyForm, MultiplyAdds};
 use rankmix::{Device, Graph, Init, ParameterStore, Result, Session, Tensor, TensorType, Value};
 use serde::Serialize;
 
@@ -42,6 +42,8 @@ pub(crate) struct Limits {
     /// What reached that rate.
     pub(crate) fastest: String,
     pub(crate) bytes_per_second: f64,
+    /// What copied at that rate.
+    pub(crate) fastest_copy: String,
 }
 
 impl Limits {
@@ -188,6 +190,7 @@ pub(crate) fn limits(device: &Device) -> Result<Limits> {
         flops_per_second: 0.0,
         fastest: String::new(),
         bytes_per_second: 0.0,
+        fastest_copy: String::new(),
     };
     if device
         .adapter()
@@ -203,9 +206,32 @@ pub(crate) fn limits(device: &Device) -> Result<Limits> {
         None => products(device, &mut limits)?,
         Some(class) => multiply_adds(device, class, &mut limits)?,
     }
-    let (mut copy, cost) = on_one_operand(device, COPIED, Graph::copy)?;
-    limits.bytes_per_second = cost.bytes as f64 / seconds(&limits, &mut copy, None)?;
+    copies(device, &mut limits)?;
     Ok(limits)
+}
+
+/// The memory: a copy in every form that there is, as adapters differ in what is fastest.
+fn copies(device: &Device, limits: &mut Limits) -> Result<()> {
+    let forms: &[CopyForm] = match device.adapter() {
+        Some(_) => &CopyForm::ALL,
+        None => &CopyForm::ALL[..1],
+    };
+    for &form in forms {
+        let (mut copy, cost) =
+            on_one_operand(device, COPIED, |graph, x| graph.copy_in_form(x, form))?;
+        let rate = cost.bytes as f64 / seconds(limits, &mut copy, None)?;
+        if rate > limits.bytes_per_second {
+            limits.bytes_per_second = rate;
+            limits.fastest_copy = match device.adapter() {
+                Some(_) => format!(
+                    "{} x {} pieces of 16 bytes a workgroup",
+                    form.workgroup, form.quads
+                ),
+                None => "the host's".to_owned(),
+            };
+        }
+    }
+    Ok(())
 }
 
 /// The arithmetic of an adapter: chains of multiply-adds in registers.
