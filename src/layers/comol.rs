@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::graph::{Graph, Init, Value};
 use crate::layers::linear::kaiming;
 use crate::layers::{AdapterOptions, Linear, RoutedOutput, RouterOutput, Routing};
-use crate::ops::{CoreMix, MatMul};
+use crate::ops::{CoreMix, Product};
 
 /// What CoMoL's router looks at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -229,7 +229,7 @@ impl CoMol {
             name, d_in, d_out, ..
         } = &self.base;
         let (rank, experts) = (self.options.rank, self.experts);
-        let base = self.base.forward(graph, x)?;
+        let weight = self.base.weight(graph)?;
         let adapted = self.options.adapter_input(graph, x)?;
         let latent = |graph: &mut Graph| {
             let a = graph.parameter(&self.a_name(), [rank, *d_in], kaiming(*d_in), true)?;
@@ -258,27 +258,26 @@ impl CoMol {
                 (router.logits, router.routed.gates, Some(router), mixed)
             }
             None => {
-                let (logits, gates) = graph.in_f32(|graph| {
-                    let width = self.router_width();
-                    let router = graph.parameter(
-                        &format!("{name}.router"),
-                        [experts, width],
-                        kaiming(width),
-                        true,
-                    )?;
-                    let logits = graph.matmul_nt(routed_by, router)?;
-                    Ok::<_, Error>((logits, graph.softmax(logits)?))
+                let width = self.router_width();
+                let router = graph.in_f32(|graph| {
+                    let name = format!("{name}.router");
+                    graph.parameter(&name, [experts, width], kaiming(width), true)
                 })?;
-                let mixed = graph.mix_cores(z, core, gates, self.mix)?;
+                let [logits, gates, mixed] = match self.routing {
+                    CoreRouting::Core => graph.soft_merge(z, core, router, self.mix)?,
+                    CoreRouting::Raw => {
+                        let (logits, gates) = graph.in_f32(|graph| {
+                            let logits = graph.matmul_nt(x, router)?;
+                            Ok::<_, Error>((logits, graph.softmax(logits)?))
+                        })?;
+                        [logits, gates, graph.mix_cores(z, core, gates, self.mix)?]
+                    }
+                };
                 (logits, gates, None, mixed)
             }
         };
-        let expand = MatMul {
-            transpose_b: true,
-            alpha: self.options.factor(),
-            ..MatMul::default()
-        };
-        let output = graph.matmul_with(mixed, b, expand, Some(base))?;
+        let expand = Product::nt(mixed, b).scaled(self.options.factor());
+        let output = graph.matmul_sum(Product::nt(x, weight), expand)?;
         Ok(CoMolOutput {
             output,
             logits,

@@ -14,6 +14,7 @@ mod golden;
 mod gradients;
 mod host;
 mod kernels;
+mod launches;
 mod layers;
 mod losses;
 mod memory;
@@ -56,6 +57,7 @@ fn main() {
         parity::trials(),
         golden::trials(),
         host::trials(),
+        launches::trials(),
         layers::trials(),
         losses::trials(),
         memory::trials(),
