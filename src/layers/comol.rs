@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::graph::{Graph, Init, Value};
 use crate::layers::linear::kaiming;
 use crate::layers::{AdapterOptions, Linear, RoutedOutput, RouterOutput, Routing};
-use crate::ops::{CoreMix, Product};
+use crate::ops::{CoreMix, MatMul};
 
 /// What CoMoL's router looks at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -229,7 +229,7 @@ impl CoMol {
             name, d_in, d_out, ..
         } = &self.base;
         let (rank, experts) = (self.options.rank, self.experts);
-        let weight = self.base.weight(graph)?;
+        let base = self.base.forward(graph, x)?;
         let adapted = self.options.adapter_input(graph, x)?;
         let latent = |graph: &mut Graph| {
             let a = graph.parameter(&self.a_name(), [rank, *d_in], kaiming(*d_in), true)?;
@@ -276,8 +276,12 @@ impl CoMol {
                 (logits, gates, None, mixed)
             }
         };
-        let expand = Product::nt(mixed, b).scaled(self.options.factor());
-        let output = graph.matmul_sum(Product::nt(x, weight), expand)?;
+        let expand = MatMul {
+            transpose_b: true,
+            alpha: self.options.factor(),
+            ..MatMul::default()
+        };
+        let output = graph.matmul_with(mixed, b, expand, Some(base))?;
         Ok(CoMolOutput {
             output,
             logits,

@@ -4,7 +4,7 @@ use crate::error::Result;
 use crate::graph::{Graph, Init, Value};
 use crate::layers::linear::kaiming;
 use crate::layers::{AdapterOptions, Linear};
-use crate::ops::Product;
+use crate::ops::MatMul;
 
 /// `y = x Wᵀ + s (x Aᵀ) Bᵀ`, with `NAME.lora_a` `[rank, d_in]` and `NAME.lora_b` `[d_out, rank]`.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,7 +34,7 @@ impl Lora {
             name, d_in, d_out, ..
         } = &self.base;
         let rank = self.options.rank;
-        let weight = self.base.weight(graph)?;
+        let base = self.base.forward(graph, x)?;
         let a = graph.parameter(
             &format!("{name}.lora_a"),
             [rank, *d_in],
@@ -44,8 +44,12 @@ impl Lora {
         let b = graph.parameter(&format!("{name}.lora_b"), [*d_out, rank], Init::Zeros, true)?;
         let adapted = self.options.adapter_input(graph, x)?;
         let z = graph.matmul_nt(adapted, a)?;
-        let expand = Product::nt(z, b).scaled(self.options.factor());
-        graph.matmul_sum(Product::nt(x, weight), expand)
+        let expand = MatMul {
+            transpose_b: true,
+            alpha: self.options.factor(),
+            ..MatMul::default()
+        };
+        graph.matmul_with(z, b, expand, Some(base))
     }
 
     /// How many elements the adapter trains.
