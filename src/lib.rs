@@ -86,6 +86,7 @@
 )]
 pub mod device;
 mod error;
+mod file;
 pub mod formats;
 pub mod golden;
 pub mod graph;

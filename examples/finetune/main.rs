@@ -205,7 +205,7 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     };
     let device = Device::open_with(&DeviceOptions {
         request: options.device.clone(),
-        checked: false,
+        ..DeviceOptions::default()
     })?;
     println!("device: {}", device.name());
 

@@ -1,6 +1,7 @@
 //! Which adapters there are, which one is taken, and how it is opened.
 
 use crate::device::capabilities::{AdapterClass, Capabilities};
+use crate::device::kernel_choices::KernelChoices;
 use crate::error::{Error, Result};
 
 /// What is known of an adapter before it is opened.
@@ -107,6 +108,7 @@ pub(crate) fn capabilities_of(
         subgroups,
         subgroup_size: one_size.then_some(info.subgroup_min_size),
         timestamps: features.contains(timestamp_features()),
+        kernels: KernelChoices::default(),
     }
 }
 

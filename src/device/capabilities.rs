@@ -1,5 +1,7 @@
 //! What an adapter can do, in plain numbers, so that operations can choose kernels without naming wgpu.
 
+use crate::device::kernel_choices::KernelChoices;
+
 /// The kind of processor behind an adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum AdapterClass {
@@ -56,6 +58,8 @@ pub struct Capabilities {
     pub subgroup_size: Option<u32>,
     /// Whether single launches can be timed on the device.
     pub timestamps: bool,
+    /// The kernels that operations are to take where they have a choice.
+    pub kernels: KernelChoices,
 }
 
 impl Capabilities {
@@ -75,6 +79,7 @@ impl Capabilities {
             subgroups: false,
             subgroup_size: None,
             timestamps: false,
+            kernels: KernelChoices::default(),
         }
     }
 }

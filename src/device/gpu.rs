@@ -3,7 +3,9 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::device::adapter::AdapterSummary;
+use crate::device::capabilities::Capabilities;
 use crate::device::counters::LiveCounters;
+use crate::device::kernel_choices::KernelChoices;
 use crate::device::once;
 use crate::device::pipelines::PipelineCache;
 use crate::device::reports::Reports;
@@ -25,6 +27,7 @@ pub(crate) struct Gpu {
     pub(crate) pipelines: PipelineCache,
     pub(crate) counters: Arc<LiveCounters>,
     pub(crate) reports: Reports,
+    kernels: Mutex<KernelChoices>,
 }
 
 /// Device memory, freed when its last owner is dropped.
@@ -113,7 +116,21 @@ impl Gpu {
             pipelines: PipelineCache::default(),
             counters: Arc::default(),
             reports,
+            kernels: Mutex::default(),
         }
+    }
+
+    /// What operations choose their kernels by.
+    pub(crate) fn capabilities(&self) -> Capabilities {
+        let kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        Capabilities {
+            kernels: kernels.clone(),
+            ..self.summary.capabilities.clone()
+        }
+    }
+
+    pub(crate) fn choose_kernels(&self, choices: KernelChoices) {
+        *self.kernels.lock().unwrap_or_else(PoisonError::into_inner) = choices;
     }
 
     /// On GL all calls go through one context: wgpu panics if a thread waits for it longer than 6 seconds, which one long shader

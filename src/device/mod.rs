@@ -5,6 +5,7 @@ mod capabilities;
 mod counters;
 mod gpu;
 mod half;
+mod kernel_choices;
 mod launch;
 mod once;
 mod pipelines;
@@ -12,6 +13,7 @@ mod profile;
 mod recording;
 mod reports;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use adapter::AdapterSummary;
@@ -20,6 +22,7 @@ pub use capabilities::{AdapterClass, Capabilities};
 pub use counters::Counters;
 pub(crate) use gpu::{BUFFER_ALIGNMENT, Buffer, Gpu};
 pub(crate) use half::{Element, HalfForm, element_of, is_integers, with_halves};
+pub use kernel_choices::{KernelChoices, TunedKernels};
 pub use launch::{Access, Binding, Launch, Launches, Shader, Slot, Word};
 pub use profile::LaunchTiming;
 pub(crate) use recording::{Bound, Recording};
@@ -29,6 +32,8 @@ use crate::error::{Error, Result};
 
 /// The environment variable that picks a device.
 pub const DEVICE_VARIABLE: &str = "RANKMIX_DEVICE";
+/// The environment variable that names a file of [`TunedKernels`] for the devices that this crate opens.
+pub const KERNELS_VARIABLE: &str = "RANKMIX_KERNELS";
 
 /// How to open a device.
 #[derive(Clone, Debug, Default)]
@@ -40,6 +45,9 @@ pub struct DeviceOptions {
     /// infinity ([`Error::NotFinite`]). About twice the launches; for finding mistakes, not for training: an overflow that loss scaling would
     /// skip is an error too.
     pub checked: bool,
+    /// Kernels that were measured to be the fastest on this adapter or others. `None`: those of the file that `RANKMIX_KERNELS` names, if
+    /// there is one.
+    pub kernels: Option<TunedKernels>,
 }
 
 /// Where sessions run: a GPU, or the CPU executor. Cheap to clone; clones share the device.
@@ -75,7 +83,7 @@ impl Device {
     ///
     /// # Errors
     /// [`Error::UnknownDevice`] or [`Error::NoAdapter`] if `RANKMIX_DEVICE` asks for what is not there, or the driver refuses;
-    /// [`Error::WouldBlock`] in a browser.
+    /// [`Error::File`] or [`Error::Format`] if `RANKMIX_KERNELS` names a file that cannot be read; [`Error::WouldBlock`] in a browser.
     pub fn open() -> Result<Self> {
         Self::open_with(&DeviceOptions::default())
     }
@@ -111,8 +119,15 @@ impl Device {
                 },
             });
         };
+        let kernels = match (&options.kernels, std::env::var_os(KERNELS_VARIABLE)) {
+            (Some(kernels), _) => kernels.clone(),
+            (None, Some(path)) => TunedKernels::load(PathBuf::from(path))?,
+            (None, None) => TunedKernels::default(),
+        };
         let (device, queue, summary) = adapter::open(&adapter).await?;
+        let choices = kernels.choices(&summary);
         let gpu = Gpu::new(device, queue, summary, options.checked, true);
+        gpu.choose_kernels(choices);
         Ok(Self {
             kind: Kind::Gpu(Arc::new(gpu)),
         })
@@ -219,6 +234,22 @@ impl Device {
         match &self.kind {
             Kind::Gpu(gpu) => gpu.checked,
             Kind::Host { checked, .. } => *checked,
+        }
+    }
+
+    /// The kernels that operations take on this device where they have a choice; empty for the CPU executor.
+    #[must_use]
+    pub fn kernels(&self) -> KernelChoices {
+        match &self.kind {
+            Kind::Gpu(gpu) => gpu.capabilities().kernels,
+            Kind::Host { .. } => KernelChoices::default(),
+        }
+    }
+
+    /// Lets the graphs that are compiled from now on take these kernels where operations have a choice. Without effect on the CPU executor.
+    pub fn choose_kernels(&self, choices: KernelChoices) {
+        if let Kind::Gpu(gpu) = &self.kind {
+            gpu.choose_kernels(choices);
         }
     }
 

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 use half::{bf16, f16};
@@ -10,6 +9,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::error::{Error, Result};
+use crate::file;
 use crate::graph::{MASTER, ParameterStore, Storage, rounds_to};
 use crate::tensor::{Tensor, TensorData};
 
@@ -102,21 +102,7 @@ impl TensorFile {
                 path: path.to_owned(),
                 reason: error.to_string(),
             })?;
-        let mut temporary = path.as_os_str().to_owned();
-        temporary.push(".partial");
-        let written = fs::File::create(&temporary).and_then(|mut file| {
-            file.write_all(&bytes)?;
-            file.sync_all()?;
-            fs::rename(&temporary, path)
-        });
-        written.map_err(|source| {
-            // What is left of a failed attempt is of no use to anyone; that it cannot be removed either changes nothing.
-            _ = fs::remove_file(&temporary);
-            Error::File {
-                path: path.to_owned(),
-                source,
-            }
-        })
+        file::replace(path, &bytes)
     }
 }
 

@@ -12,6 +12,7 @@ mod precision;
 mod recompute;
 mod session;
 mod store;
+mod tune;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -25,6 +26,7 @@ pub use precision::{Precision, Storage};
 pub use session::{Session, SessionOptions};
 pub use store::ParameterStore;
 pub(crate) use store::{MASTER, rounds_to};
+pub use tune::{TunedOperation, Tuning};
 
 use crate::error::{Error, Result};
 use crate::graph::recompute::Recomputation;

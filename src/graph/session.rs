@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::device::{CommandEncoder, Device, HostBuffer, Kind, Launch, LaunchTiming};
+use crate::device::{Capabilities, CommandEncoder, Device, HostBuffer, Kind, Launch, LaunchTiming};
 use crate::error::{Error, Result};
 use crate::graph::compiled::Compiled;
 use crate::graph::gpu_executor::GpuExecutor;
@@ -75,15 +75,26 @@ impl Graph {
     /// # Errors
     /// As [`Graph::compile`].
     pub fn compile_with(&self, store: &ParameterStore, options: SessionOptions) -> Result<Session> {
+        let capabilities = match store.device().kind() {
+            Kind::Gpu(gpu) => Some(gpu.capabilities()),
+            Kind::Host { .. } => None,
+        };
+        self.compile_for(store, options, capabilities.as_ref())
+    }
+
+    /// [`Graph::compile_with`], the kernels chosen by these capabilities.
+    pub(crate) fn compile_for(
+        &self,
+        store: &ParameterStore,
+        options: SessionOptions,
+        capabilities: Option<&Capabilities>,
+    ) -> Result<Session> {
         let device = store.device().clone();
-        let target = match device.kind() {
-            Kind::Gpu(gpu) => Target {
-                capabilities: Some(&gpu.summary.capabilities),
-                float_bytes: 4,
-            },
-            Kind::Host { float, .. } => Target {
-                capabilities: None,
-                float_bytes: float.bytes(),
+        let target = Target {
+            capabilities,
+            float_bytes: match device.kind() {
+                Kind::Gpu(_) => 4,
+                Kind::Host { float, .. } => float.bytes(),
             },
         };
         let plan = plan(self, target, self.storages_in(store)?)?;

@@ -97,6 +97,15 @@ pub struct LaunchTypes<'a> {
     pub outputs: &'a [TensorType],
 }
 
+/// Kernels that do the same work of one operation at one size.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// The operation and the sizes that the choice depends on, such as `matmul nt 512 x 1024 x 1024`.
+    pub key: String,
+    /// The names of the kernels, that of the operation's own rule first.
+    pub kernels: Vec<&'static str>,
+}
+
 /// An output that lives in the memory of an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Alias {
@@ -188,6 +197,15 @@ pub trait Op: fmt::Debug + Send + Sync + 'static {
     /// Integer inputs whose values must lie in a range.
     fn index_ranges(&self, _inputs: &[TensorType]) -> Vec<IndexRange> {
         Vec::new()
+    }
+
+    /// The kernels that could do this work, if there are several: [`Op::launches`] takes the one that
+    /// [`Capabilities::kernels`] names for the key, and the first if it names none of them.
+    ///
+    /// # Errors
+    /// As [`Op::launches`].
+    fn choice(&self, _io: LaunchTypes<'_>, _capabilities: &Capabilities) -> Result<Option<Choice>> {
+        Ok(None)
     }
 
     /// The kernels to run on a GPU, as data.

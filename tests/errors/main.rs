@@ -10,6 +10,7 @@ macro_rules! assert_error {
     }};
 }
 
+mod kernels;
 mod layers;
 mod runtime;
 mod training;

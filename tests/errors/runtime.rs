@@ -133,7 +133,7 @@ fn a_device_that_is_not_there_is_named_with_those_that_are() {
     let open = |request: &str| {
         Device::open_with(&DeviceOptions {
             request: Some(request.to_owned()),
-            checked: false,
+            ..DeviceOptions::default()
         })
     };
     assert_error!(

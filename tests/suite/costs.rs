@@ -303,7 +303,7 @@ pub fn trials() -> Vec<Trial> {
             let request = Some(device.to_owned());
             if let Err(error) = Device::open_with(&DeviceOptions {
                 request,
-                checked: false,
+                ..DeviceOptions::default()
             }) {
                 return Ok(Completion::ignored_with(error.to_string()));
             }

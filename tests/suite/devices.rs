@@ -36,6 +36,7 @@ fn open_device(backend: &str, checked: bool) -> Result<Device, Error> {
     Device::open_with(&DeviceOptions {
         request: Some(backend.to_owned()),
         checked,
+        ..DeviceOptions::default()
     })
 }
 

@@ -63,7 +63,7 @@ impl Lab {
         }
         let options = DeviceOptions {
             request: Some(request),
-            checked: false,
+            ..DeviceOptions::default()
         };
         Ok(Self {
             device: Device::open_async(&options).await?,

@@ -4,10 +4,13 @@ mod devices;
 mod replay;
 mod roofline;
 mod time;
+mod tune;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use rankmix::device::TunedKernels;
 use rankmix::{Device, DeviceOptions, Precision, Result, Storage};
 
 /// Mixtures of low-rank experts on any GPU.
@@ -28,6 +31,8 @@ enum Command {
     Time(time::Options),
     /// Measure the device's own limits, and how far operations and layers are from them.
     Roofline(roofline::Options),
+    /// Measure which kernels are the fastest on this adapter for a layer, and keep the choice in a file.
+    Tune(tune::Options),
 }
 
 /// Which device a command runs on.
@@ -39,6 +44,9 @@ struct DeviceArguments {
     /// Keep bounds checks in the kernels and look for NaN and infinity after every operation.
     #[arg(long)]
     checked: bool,
+    /// Take the kernels that `rankmix tune` has found the fastest on this adapter [default: RANKMIX_KERNELS, or the built-in rules]
+    #[arg(long, value_name = "FILE")]
+    kernels: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -83,6 +91,7 @@ impl DeviceArguments {
         Device::open_with(&DeviceOptions {
             request: self.device.clone(),
             checked: self.checked,
+            kernels: self.kernels.as_ref().map(TunedKernels::load).transpose()?,
         })
     }
 }
@@ -93,6 +102,7 @@ fn main() -> ExitCode {
         Command::Replay(options) => replay::run(&options),
         Command::Time(options) => time::run(&options),
         Command::Roofline(options) => roofline::run(&options),
+        Command::Tune(options) => tune::run(options),
     };
     done.unwrap_or_else(|error| {
         eprintln!("rankmix: {error}");

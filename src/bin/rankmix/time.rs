@@ -42,12 +42,12 @@ impl Layer {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     #[command(flatten)]
-    device: DeviceArguments,
+    pub(crate) device: DeviceArguments,
     #[command(flatten)]
     storage: StorageArguments,
     /// The layer.
     #[arg(long, value_enum, default_value = "rotmole")]
-    layer: Layer,
+    pub(crate) layer: Layer,
     /// Tokens (rows of the input) [default: 512, or 256 for moe and latent_moe]
     #[arg(long)]
     tokens: Option<usize>,
@@ -98,7 +98,7 @@ pub(crate) struct Options {
     factored_down: bool,
     /// Print one JSON object.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -259,15 +259,30 @@ fn timed_compile(graph: &Graph, store: &ParameterStore) -> Result<(Session, f64)
     Ok((session, start.elapsed().as_secs_f64()))
 }
 
+/// A layer forward and backward, the gradients of its input and of all it trains among the outputs; reads `x` and `upstream`.
+pub(crate) fn step_graph(options: &Options) -> Result<Graph> {
+    let [x_shape, y_shape] = options.shapes();
+    let mut graph = Graph::new();
+    graph.set_precision(options.storage.precision());
+    let x = graph.input("x", TensorType::f32(x_shape))?;
+    let output = layer_output(options, &mut graph, x)?;
+    let upstream = graph.input("upstream", TensorType::f32(y_shape))?;
+    let wanted: Vec<Value> = std::iter::once(x).chain(graph.trainable()).collect();
+    for gradient in graph.gradients_from(&[(output, upstream)], &wanted)? {
+        graph.output(gradient)?;
+    }
+    graph.output(output)?;
+    Ok(graph)
+}
+
 fn measure(options: &Options, device: &Device) -> Result<Timing> {
     let [x_shape, y_shape] = options.shapes();
-    let x_type = TensorType::f32(x_shape);
     let store = ParameterStore::new(device);
     let x_data = ramp(x_shape)?;
 
     let mut graph = Graph::new();
     graph.set_precision(options.storage.precision());
-    let x = graph.input("x", x_type.clone())?;
+    let x = graph.input("x", TensorType::f32(x_shape))?;
     let output = layer_output(options, &mut graph, x)?;
     graph.output(output)?;
     store.initialize(&graph, 1)?;
@@ -287,16 +302,7 @@ fn measure(options: &Options, device: &Device) -> Result<Timing> {
     let forward_runs = time_runs(&mut forward)?;
     drop(forward);
 
-    let mut graph = Graph::new();
-    graph.set_precision(options.storage.precision());
-    let x = graph.input("x", x_type)?;
-    let output = layer_output(options, &mut graph, x)?;
-    let upstream = graph.input("upstream", TensorType::f32(y_shape))?;
-    let wanted: Vec<Value> = std::iter::once(x).chain(graph.trainable()).collect();
-    for gradient in graph.gradients_from(&[(output, upstream)], &wanted)? {
-        graph.output(gradient)?;
-    }
-    graph.output(output)?;
+    let graph = step_graph(options)?;
     let (mut step, step_compile_seconds) = timed_compile(&graph, &store)?;
     step.set("x", &x_data)?;
     step.set("upstream", &ramp(y_shape)?)?;
