@@ -99,7 +99,7 @@ fn comol() -> Result<(), Failed> {
     let mut dropping = layer.clone();
     dropping.options = options().with_dropout(0.1);
     // The mask forward and, as dx is then the sum of two, backward.
-    counts.expect("CoMoL with dropout", [[5, 14], [5, 14]], of(&dropping))?;
+    counts.expect("CoMoL with dropout", [[5, 13], [5, 13]], of(&dropping))?;
     let raw = layer.clone().with_routing(CoreRouting::Raw);
     counts.expect("CoMoL with raw routing", [[6, 15], [6, 16]], of(&raw))?;
     let sparse = layer.with_top_k(2)?;
