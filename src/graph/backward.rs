@@ -116,6 +116,15 @@ impl Backward<'_> {
         })
     }
 
+    /// Takes `new`, an equal gradient, for `old` wherever `old` is all of a gradient so far: what nobody reads then is not computed.
+    pub(crate) fn replace(&mut self, old: Value, new: Value) {
+        let storage = self.graph.values[old.index as usize].storage;
+        for sum in self.partial.values_mut().filter(|sum| **sum == old) {
+            *sum = new;
+            self.graph.values[new.index as usize].storage = storage;
+        }
+    }
+
     /// Replaces the gradient of an input, as summed so far, by one that `build` makes from it: for operations that can add into
     /// memory that is already there.
     ///

@@ -30,7 +30,7 @@ pub use tune::{TunedOperation, Tuning};
 
 use crate::error::{Error, Result};
 use crate::graph::recompute::Recomputation;
-use crate::ops::{AliasKind, Op, Product};
+use crate::ops::{AliasKind, GatedGradient, Op, Product};
 use crate::tensor::{DType, Shape, Tensor, TensorType};
 
 /// A handle on a tensor of a [`Graph`].
@@ -118,6 +118,8 @@ pub struct Graph {
     updated: HashMap<Value, Value>,
     /// Products of two matrices, and what they were added to: see [`Graph::matmul_onto`].
     pub(crate) products: HashMap<Value, (Product, Option<Value>)>,
+    /// The gradients of latents that a gated expand read, by themselves: see [`Graph::gate_gradient`].
+    pub(crate) gated: HashMap<Value, GatedGradient>,
     precision: Precision,
     recomputation: Recomputation,
     training: bool,
@@ -151,6 +153,7 @@ impl Graph {
             names: HashMap::new(),
             updated: HashMap::new(),
             products: HashMap::new(),
+            gated: HashMap::new(),
             precision: Precision::F32,
             recomputation: Recomputation::default(),
             training: false,

@@ -198,6 +198,7 @@ impl Graph {
             names: self.names.clone(),
             updated: self.updated.clone(),
             products: HashMap::new(),
+            gated: HashMap::new(),
             recomputation: Recomputation::default(),
             precision: self.precision,
             training: self.training,

@@ -258,18 +258,21 @@ impl CoMol {
                 (router.logits, router.routed.gates, Some(router), mixed)
             }
             None => {
-                let (logits, gates) = graph.in_f32(|graph| {
-                    let width = self.router_width();
-                    let router = graph.parameter(
-                        &format!("{name}.router"),
-                        [experts, width],
-                        kaiming(width),
-                        true,
-                    )?;
-                    let logits = graph.matmul_nt(routed_by, router)?;
-                    Ok::<_, Error>((logits, graph.softmax(logits)?))
+                let width = self.router_width();
+                let router = graph.in_f32(|graph| {
+                    let name = format!("{name}.router");
+                    graph.parameter(&name, [experts, width], kaiming(width), true)
                 })?;
-                let mixed = graph.mix_cores(z, core, gates, self.mix)?;
+                let [logits, gates, mixed] = match self.routing {
+                    CoreRouting::Core => graph.soft_merge(z, core, router, self.mix)?,
+                    CoreRouting::Raw => {
+                        let (logits, gates) = graph.in_f32(|graph| {
+                            let logits = graph.matmul_nt(x, router)?;
+                            Ok::<_, Error>((logits, graph.softmax(logits)?))
+                        })?;
+                        [logits, gates, graph.mix_cores(z, core, gates, self.mix)?]
+                    }
+                };
                 (logits, gates, None, mixed)
             }
         };

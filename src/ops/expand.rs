@@ -11,14 +11,13 @@ use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::combine::{CombineOperands, CombineSizes};
-use crate::ops::gate_gradient::GateGradient;
 use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::{RowOf, expect_segments, gather, host_segments, products, weight_sizes};
 use crate::ops::shrink::{self, Shrink};
 use crate::ops::subgroup_tile::subgroup_tiles;
 use crate::ops::{
-    Alias, AliasKind, HostIo, LaunchTypes, Layout, Op, Real, Segments, Work, dims_f32,
-    expect_count, expect_f32, expect_i32, shader,
+    Alias, AliasKind, HostIo, LaunchTypes, Layout, Op, Real, Segments, Work, expect_count,
+    expect_f32, expect_i32, shader,
 };
 use crate::tensor::TensorType;
 
@@ -298,14 +297,9 @@ impl Op for Expand {
                 .apply1(shrink, &[dy, weight, experts, order, offsets])?;
             let mut dz = v;
             if let Some(gates) = gates {
-                let [tokens, _] = dims_f32(self.name(), "the gates", context.graph.ty(gates)?)?;
-                let outputs = context
-                    .graph
-                    .apply(GateGradient { scale: self.scale }, &[v, z, gates])?;
-                dz = outputs[0];
+                let d_gates;
+                [dz, d_gates] = context.graph.gate_gradient(v, z, gates, self.scale)?;
                 if context.wants(5) {
-                    let slots = context.graph.ty(gates)?.shape.last();
-                    let d_gates = context.graph.reshape(outputs[1], [tokens, slots])?;
                     context.add(5, d_gates)?;
                 }
             } else if self.scale.to_bits() != 1.0_f32.to_bits() {

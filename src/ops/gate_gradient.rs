@@ -2,6 +2,7 @@
 
 use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
+use crate::graph::{Graph, Value};
 use crate::host_reference;
 use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_f32, shader};
 use crate::tensor::TensorType;
@@ -10,8 +11,45 @@ const WORKGROUP: usize = 64;
 
 /// Inputs: v `[pairs, rank]`, z `[pairs, rank]`, gates (one a pair). Outputs: dz `[pairs, rank]`, d_gates `[pairs]`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct GateGradient {
+struct GateGradient {
+    scale: f32,
+}
+
+/// What the gradient of latents is made of: `dz = scale gates v`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GatedGradient {
+    pub(crate) v: Value,
+    /// The latents.
+    pub(crate) z: Value,
+    pub(crate) gates: Value,
     pub(crate) scale: f32,
+    /// The gates' gradient, which is made with it.
+    pub(crate) d_gates: Value,
+}
+
+impl Graph {
+    /// `[dz, d_gates]`, shaped as `z` and as the gates, from `v = Wᵀ dy`. Whoever is given dz can look up in `gated` what it is made of,
+    /// and make it in a kernel of their own.
+    pub(crate) fn gate_gradient(
+        &mut self,
+        v: Value,
+        z: Value,
+        gates: Value,
+        scale: f32,
+    ) -> Result<[Value; 2]> {
+        let outputs = self.apply(GateGradient { scale }, &[v, z, gates])?;
+        let shape = self.ty(gates)?.shape.clone();
+        let d_gates = self.reshape(outputs[1], shape)?;
+        let made_of = GatedGradient {
+            v,
+            z,
+            gates,
+            scale,
+            d_gates,
+        };
+        self.gated.insert(outputs[0], made_of);
+        Ok([outputs[0], d_gates])
+    }
 }
 
 impl GateGradient {

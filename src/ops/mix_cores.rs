@@ -16,8 +16,8 @@ use crate::ops::{
 use crate::tensor::TensorType;
 
 const WORKGROUP: usize = 64;
-/// Elements of a row that one invocation has, as in `shaders/mix_cores.wgsl`.
-const TILE: usize = 4;
+/// Elements of a row that one invocation has, as in `shaders/parts/core_mixture.wgsl`.
+pub(crate) const TILE: usize = 4;
 /// The most invocations of the backward kernel that share a token.
 const MAX_LANES: usize = 16;
 
@@ -45,7 +45,7 @@ pub enum CoreMix {
 
 impl CoreMix {
     /// Whether the cores are merged first.
-    fn merges(self, slots: usize, rank: usize) -> bool {
+    pub(crate) fn merges(self, slots: usize, rank: usize) -> bool {
         match self {
             // By the count of multiply-adds, slots and rank would have to be equal; but merging runs over longer rows. At 4096 tokens,
             // Mesa's software GPU and the CPU take 4.3 and 1.2 ms to merge 8 slots of rank 16, 4.0 and 2.3 ms to apply them; for 64
@@ -122,16 +122,16 @@ impl Graph {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Sizes {
-    tokens: usize,
-    slots: usize,
-    experts: usize,
-    rank: usize,
+pub(crate) struct Sizes {
+    pub(crate) tokens: usize,
+    pub(crate) slots: usize,
+    pub(crate) experts: usize,
+    pub(crate) rank: usize,
 }
 
 impl Sizes {
     /// Tokens that an invocation takes: under a dense gate, where four share the experts' matrices, four if there are enough.
-    fn tokens_each(self, routed: bool, capabilities: &Capabilities) -> usize {
+    pub(crate) fn tokens_each(self, routed: bool, capabilities: &Capabilities) -> usize {
         let invocations = self.tokens.div_ceil(4) * self.rank.div_ceil(TILE);
         if !routed && invocations >= enough_invocations(capabilities.class) {
             4
@@ -184,6 +184,61 @@ fn cores<'a, R: Real>(
     })
 }
 
+/// A token's u, from the matrices of its experts, each with its slot.
+pub(crate) fn mix<'a, R: Real>(
+    u: &mut [R],
+    z: &'a [R],
+    gates: &'a [R],
+    cores: impl Iterator<Item = (usize, &'a [R])>,
+    merges: bool,
+) {
+    let rank = z.len();
+    u.fill(R::zero());
+    if merges {
+        let mut merged = vec![R::zero(); rank * rank];
+        for (slot, matrix) in cores {
+            for (merged, &m) in merged.iter_mut().zip(matrix) {
+                *merged += gates[slot] * m;
+            }
+        }
+        for (row, &z) in merged.chunks(rank).zip(z) {
+            for (u, &m) in u.iter_mut().zip(row) {
+                *u += z * m;
+            }
+        }
+        return;
+    }
+    let mut part = vec![R::zero(); rank];
+    for (slot, matrix) in cores {
+        part.fill(R::zero());
+        for (row, &z) in matrix.chunks(rank).zip(z) {
+            for (part, &m) in part.iter_mut().zip(row) {
+                *part += z * m;
+            }
+        }
+        for (u, &part) in u.iter_mut().zip(&part) {
+            *u += gates[slot] * part;
+        }
+    }
+}
+
+/// Adds to a token's dz and to the gradients of its gates, from z and du and the matrices of its experts.
+pub(crate) fn mix_gradient<'a, R: Real>(
+    dz: &mut [R],
+    d_gates: &mut [R],
+    (z, du): (&'a [R], &'a [R]),
+    gates: &'a [R],
+    cores: impl Iterator<Item = (usize, &'a [R])>,
+) {
+    for (slot, matrix) in cores {
+        for ((row, &z), dz) in matrix.chunks(z.len()).zip(z).zip(&mut *dz) {
+            let w: R = row.iter().zip(du).map(|(&m, &du)| m * du).sum();
+            *dz += gates[slot] * w;
+            d_gates[slot] += z * w;
+        }
+    }
+}
+
 fn launch(entry: &'static str, sizes: Sizes, routed: bool) -> Launch {
     let Sizes {
         tokens,
@@ -191,7 +246,7 @@ fn launch(entry: &'static str, sizes: Sizes, routed: bool) -> Launch {
         experts,
         rank,
     } = sizes;
-    Launch::new(shader!("mix_cores"), entry)
+    Launch::new(shader!("mix_cores", "core_mixture"), entry)
         .constant("ROUTED", routed)
         .constant("ALIGNED", rank.is_multiple_of(TILE))
         .param(tokens)
@@ -213,35 +268,8 @@ impl MixCores {
         let rows = u.par_chunks_mut(rank).zip(z.par_chunks(rank)).enumerate();
         let merges = self.mix.merges(slots, rank);
         rows.for_each(|(token, (u, z))| {
-            u.fill(R::zero());
             let gates = &gates[token * slots..(token + 1) * slots];
-            let cores = cores(core, rank, slots, chosen, token);
-            if merges {
-                let mut merged = vec![R::zero(); rank * rank];
-                for (slot, matrix) in cores {
-                    for (merged, &m) in merged.iter_mut().zip(matrix) {
-                        *merged += gates[slot] * m;
-                    }
-                }
-                for (row, &z) in merged.chunks(rank).zip(z) {
-                    for (u, &m) in u.iter_mut().zip(row) {
-                        *u += z * m;
-                    }
-                }
-            } else {
-                let mut part = vec![R::zero(); rank];
-                for (slot, matrix) in cores {
-                    part.fill(R::zero());
-                    for (row, &z) in matrix.chunks(rank).zip(z) {
-                        for (part, &m) in part.iter_mut().zip(row) {
-                            *part += z * m;
-                        }
-                    }
-                    for (u, &part) in u.iter_mut().zip(&part) {
-                        *u += gates[slot] * part;
-                    }
-                }
-            }
+            mix(u, z, gates, cores(core, rank, slots, chosen, token), merges);
         });
         Ok(())
     }
@@ -308,7 +336,9 @@ impl Op for MixCores {
                 let (order, offsets) = (context.input(4), context.input(5));
                 context.graph.apply1(op, &[z, du, order, offsets, gates])?
             } else {
-                context.graph.apply1(CoreGradient, &[z, du, gates])?
+                context
+                    .graph
+                    .apply1(CoreGradient { router: false }, &[z, du, gates])?
             };
             context.add(1, gradient)?;
         }
@@ -361,14 +391,9 @@ impl MixCoresBackward {
             d_gates.fill(R::zero());
             let here = token * rank..(token + 1) * rank;
             let (z, du) = (&z[here.clone()], &du[here]);
-            for (slot, matrix) in cores(core, rank, slots, chosen, token) {
-                let gate = gates[token * slots + slot];
-                for ((row, &z), dz) in matrix.chunks(rank).zip(z).zip(&mut *dz) {
-                    let w: R = row.iter().zip(du).map(|(&m, &du)| m * du).sum();
-                    *dz += gate * w;
-                    d_gates[slot] += z * w;
-                }
-            }
+            let gates = &gates[token * slots..(token + 1) * slots];
+            let cores = cores(core, rank, slots, chosen, token);
+            mix_gradient(dz, d_gates, (z, du), gates, cores);
         });
         Ok(())
     }

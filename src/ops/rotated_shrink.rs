@@ -7,6 +7,7 @@ use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::expand_pair::ExpandPair;
 use crate::ops::rotate_planes::{self, Planes};
+use crate::ops::rotated_gate_gradient::rotated_gate_gradient;
 use crate::ops::rotation::Kind;
 use crate::ops::segment_outer::SegmentOuterPair;
 use crate::ops::segments::{
@@ -182,7 +183,10 @@ impl Op for RotatedShrink {
                 context.graph.constant(zeros)?
             }
         };
-        let [dz, mut d_angles] = context.graph.planes_backward(u, angles, du)?;
+        let [dz, mut d_angles] = match context.graph.gated.get(&du).copied() {
+            Some(gated) if gated.z == u => rotated_gate_gradient(context, gated, angles)?,
+            _ => context.graph.planes_backward(u, angles, du)?,
+        };
         if let Some(more) = context.gradient(1) {
             d_angles = context.graph.accumulate(d_angles, more)?;
         }

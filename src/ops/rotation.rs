@@ -125,7 +125,7 @@ impl Rotation {
     /// A turn in a plane: sine, cosine, four products, two sums. Its gradient: the same of dy, and the angle's two products and difference;
     /// in a chain y is turned back too. Cayley: an elimination and its two substitutions, once each way; backward, the outer difference as
     /// well. Householder: three products along the rank for each factor, four for each reflection, seven for each direction's gradient.
-    fn flops(self, rank: usize) -> Result<[usize; 2]> {
+    pub(crate) fn flops(self, rank: usize) -> Result<[usize; 2]> {
         let numbers = self.numbers(rank)?;
         Ok(match self {
             Self::Planes => [8 * numbers, 11 * numbers],

@@ -56,6 +56,17 @@ fn launch(
     Ok(launch.folded(groups, capabilities)?.into())
 }
 
+/// The gradient of a row of logits from that of their probabilities.
+pub(crate) fn row_gradient<'a, R: Real>(p: &'a [R], dp: &'a [R]) -> impl Iterator<Item = R> + 'a {
+    let largest = (0..p.len()).fold(0, |best, e| if p[e] > p[best] { e } else { best });
+    // Less the gradient of the largest probability, so that the mean keeps its digits when this one is nearly 1.
+    let reference = dp[largest];
+    let mean: R = p.iter().zip(dp).map(|(&p, &dp)| p * (dp - reference)).sum();
+    p.iter()
+        .zip(dp)
+        .map(move |(&p, &dp)| p * (dp - reference - mean))
+}
+
 impl Softmax {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let columns = io.input_type(0)?.shape.last();
@@ -119,12 +130,8 @@ impl SoftmaxBackward {
             .zip(p.par_chunks(columns))
             .zip(dp.par_chunks(columns));
         rows.for_each(|((d_logits, p), dp)| {
-            let largest = (0..columns).fold(0, |best, e| if p[e] > p[best] { e } else { best });
-            // Less the gradient of the largest probability, so that the mean keeps its digits when this one is nearly 1.
-            let reference = dp[largest];
-            let mean: R = p.iter().zip(dp).map(|(&p, &dp)| p * (dp - reference)).sum();
-            for ((d_logit, &p), &dp) in d_logits.iter_mut().zip(p).zip(dp) {
-                *d_logit = p * (dp - reference - mean);
+            for (d_logit, gradient) in d_logits.iter_mut().zip(row_gradient(p, dp)) {
+                *d_logit = gradient;
             }
         });
         Ok(())

@@ -14,6 +14,7 @@ mod golden;
 mod gradients;
 mod host;
 mod kernels;
+mod launches;
 mod layers;
 mod losses;
 mod memory;
@@ -58,6 +59,7 @@ fn main() {
         pipeline_cache::trials(),
         golden::trials(),
         host::trials(),
+        launches::trials(),
         layers::trials(),
         losses::trials(),
         memory::trials(),

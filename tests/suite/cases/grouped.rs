@@ -104,9 +104,44 @@ fn rotated(
     })
 }
 
+/// Rotated latents that a gated expand reads, and if `used_twice` something else too.
+fn rotated_expand(
+    [tokens, top_k, experts, rank]: [usize; 4],
+    used_twice: bool,
+    popularity: Popularity,
+) -> Case {
+    let name = format!(
+        "rotated_expand_{tokens}_{top_k}_{experts}_{rank}_{popularity:?}{}",
+        if used_twice { "_used_twice" } else { "" }
+    );
+    let (input, out) = (8, 5);
+    let inputs = vec![
+        choose(popularity, tokens, top_k, experts),
+        floats(&[tokens, top_k], 51),
+        floats(&[tokens, input], 52),
+        floats(&[experts, rank, input], 53),
+        floats_in(&[experts, rank / 2, input], 54, -0.4, 0.4),
+        floats(&[experts, out, rank], 55),
+    ];
+    Case::new(name, inputs, move |g, v| {
+        let routed = routed(g, v[0], v[1], experts)?;
+        let [rotated, angles] = g.rotated_shrink(v[2], v[3], v[4], routed.segments)?;
+        let y = g.expand(rotated, v[5], Layout::OutIn, routed, 0.75, None)?;
+        let mut results = vec![y];
+        if used_twice {
+            results.extend([g.square(rotated)?, angles, g.square(v[1])?]);
+        }
+        Ok(results)
+    })
+}
+
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for popularity in Popularity::ALL {
+        for used_twice in [false, true] {
+            cases.push(rotated_expand([5, 2, 4, 4], used_twice, popularity));
+        }
+        cases.push(rotated_expand([133, 3, 7, 36], false, popularity).forward_only());
         cases.push(rotated(5, 2, 4, 4, 8, popularity));
         cases.push(rotated(133, 3, 7, 36, 20, popularity).forward_only());
     }

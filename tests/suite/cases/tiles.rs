@@ -218,23 +218,45 @@ fn givens() -> Case {
     shapes.case("rotate_givens")
 }
 
-fn cores() -> Case {
-    let mut shapes = Shapes::default();
-    for (tokens, rank) in [(3, 8), (3, 32), (512, 8), (128, 32)] {
+fn cores() -> Vec<Case> {
+    let [mut alone, mut routed] = [(); 2].map(|()| Shapes::default());
+    for (tokens, rank) in [(3, 8), (3, 32), (512, 8), (128, 32), (300, 128), (3, 128)] {
         let inputs = vec![
             floats(&[tokens, rank], 255),
             floats(&[4, rank, rank], 256),
             floats(&[tokens, 4], 257),
         ];
-        shapes.add(inputs, |graph, v| {
+        alone.add(inputs, |graph, v| {
             graph.mix_cores(v[0], v[1], v[2], CoreMix::Apply)
         });
     }
-    shapes.case("mix_cores")
+    // Four tokens an invocation, of 4 elements each, where that leaves 8,192 invocations.
+    let with_four = |rank: usize| 4 * 8192 / (rank / 4);
+    let few_experts = powers(4, 64).map(|rank| (rank, 4));
+    for (rank, experts) in few_experts.chain([(4, 64), (16, 64)]) {
+        for tokens in [3, 40, with_four(rank)] {
+            for mix in [CoreMix::Merge, CoreMix::Apply] {
+                // The gradients do not depend on the order; the cores' takes long to check.
+                if mix == CoreMix::Apply && experts == 64 && tokens > 40 && rank == 16 {
+                    continue;
+                }
+                let inputs = vec![
+                    floats(&[tokens, rank], 258),
+                    floats(&[experts, rank, rank], 259),
+                    floats(&[experts, rank], 260),
+                ];
+                routed.add(inputs, move |graph, v| {
+                    Ok(graph.soft_merge(v[0], v[1], v[2], mix)?[2])
+                });
+            }
+        }
+    }
+    vec![alone.case("mix_cores"), routed.case("soft_merge")]
 }
 
 pub fn cases() -> Vec<Case> {
-    let mut cases = vec![matrix_products(), givens(), cores()];
+    let mut cases = vec![matrix_products(), givens()];
+    cases.extend(cores());
     for length in [64, 1025] {
         cases.extend(rows(length));
     }

@@ -248,6 +248,21 @@ impl Sweep {
                 }
             }
         }
+        let few_experts = powers(1, 64).map(|rank| (rank, 4));
+        for (rank, experts) in few_experts.chain([(4, 64), (16, 64)]) {
+            for tokens in [8, 1 << 16] {
+                for mix in [CoreMix::Merge, CoreMix::Apply] {
+                    let inputs = [
+                        TensorType::f32([tokens, rank]),
+                        TensorType::f32([experts, rank, rank]),
+                        TensorType::f32([experts, rank]),
+                    ];
+                    self.add(&inputs, |graph, v| {
+                        Ok(graph.soft_merge(v[0], v[1], v[2], mix)?[2])
+                    });
+                }
+            }
+        }
     }
 }
 

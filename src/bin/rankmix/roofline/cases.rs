@@ -234,6 +234,9 @@ fn routing() -> Vec<Case> {
     );
     let mix = |g: &mut Graph, v: &[Value]| g.mix_cores(v[0], v[1], v[2], CoreMix::Auto);
     let upstream = vec![z.clone(), core.clone(), gates.clone(), z.clone()];
+    let merge = |g: &mut Graph, v: &[Value]| Ok(g.soft_merge(v[0], v[1], v[2], CoreMix::Auto)?[2]);
+    let router = f(&[EXPERTS, RANK]);
+    let merged = vec![z.clone(), core.clone(), router, z.clone()];
     vec![
         case("route", "512x8, top 2", vec![gates.clone()], |g, v| {
             Ok(g.route(v[0], TOP_K, true)?.gates)
@@ -261,6 +264,19 @@ fn routing() -> Vec<Case> {
             upstream,
             &[0, 1, 2],
             mix,
+        ),
+        case(
+            "soft_merge",
+            "512x16, 8 experts",
+            merged[..3].to_vec(),
+            merge,
+        ),
+        backward(
+            "soft_merge backward",
+            "512x16, 8 experts",
+            merged,
+            &[0, 1, 2],
+            merge,
         ),
     ]
 }
