@@ -5,7 +5,7 @@
 # usage: scripts/kernel_cost.sh               AMD's Vega 10, Navi 21 and Navi 31, with a pinned Mesa: a table, and exit status 1 if a kernel
 #                                             spills that kernel_cost_allowed.txt does not name (at every other tile too: check_shaders.sh)
 #        scripts/kernel_cost.sh --all         AMD GFX1201, NVIDIA Turing and Ampere, Apple M1 and Adreno 740 as well, with Debian's newest Mesa
-#        scripts/kernel_cost.sh --markdown    writes the tables of all of them into docs/performance.md
+#        scripts/kernel_cost.sh --markdown    writes the tables of all of them into docs/kernel-cost.md
 # Debian 12 on x86_64; tools are downloaded once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,7 +18,7 @@ drivers=("$MESA_FOLDER")
 for option in "$@"; do
   case $option in
     --all) all=yes ;;
-    --markdown) all=yes; options+=(--markdown docs/performance.md) ;;
+    --markdown) all=yes; options+=(--markdown docs/kernel-cost.md) ;;
     *) echo "usage: kernel_cost.sh [--all] [--markdown]" >&2; exit 2 ;;
   esac
 done

@@ -34,6 +34,7 @@ mod routing_facts;
 mod shaders;
 mod storage;
 mod training;
+mod tuning;
 
 use std::path::Path;
 
@@ -74,6 +75,7 @@ fn main() {
         shaders::trials(),
         storage::trials(),
         training::trials(),
+        tuning::trials(),
     ]
     .into_iter()
     .flatten()
