@@ -12,18 +12,44 @@ use crate::error::{Error, Result};
 /// # Errors
 /// [`Error::File`] if it cannot be written.
 pub(crate) fn replace(path: &Path, contents: &[u8]) -> Result<()> {
+    replace_by(path, |file| file.write_all(contents))
+}
+
+/// The same, the contents written by a function.
+///
+/// # Errors
+/// [`Error::File`] if it cannot be written.
+pub(crate) fn replace_by(
+    path: &Path,
+    write: impl FnOnce(&mut fs::File) -> std::io::Result<()>,
+) -> Result<()> {
+    replace_at(path, |temporary| write(&mut fs::File::create(temporary)?))
+}
+
+/// The same, the file written by a function that is given the temporary name.
+///
+/// # Errors
+/// [`Error::File`] if it cannot be written.
+pub(crate) fn replace_at(
+    path: &Path,
+    write: impl FnOnce(&Path) -> std::io::Result<()>,
+) -> Result<()> {
     static CALLS: AtomicU64 = AtomicU64::new(0);
     let call = CALLS.fetch_add(1, Ordering::Relaxed);
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(format!(".{}-{call}.partial", process_id()));
-    let written = fs::File::create(&temporary).and_then(|mut file| {
-        file.write_all(contents)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
+    let temporary = Path::new(&temporary);
+    let written = write(temporary).and_then(|()| {
+        // The name must not be there before the contents are.
+        fs::OpenOptions::new()
+            .write(true)
+            .open(temporary)?
+            .sync_all()?;
+        fs::rename(temporary, path)
     });
     written.map_err(|source| {
         // What is left of a failed attempt is of no use to anyone; that it cannot be removed either changes nothing.
-        _ = fs::remove_file(&temporary);
+        _ = fs::remove_file(temporary);
         Error::File {
             path: path.to_owned(),
             source,

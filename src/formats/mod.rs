@@ -1,6 +1,15 @@
-//! Files: tensors and parameters in safetensors.
+//! Files: tensors, parameters and models in safetensors, adapters of PEFT, models and adapters in GGUF.
 
+mod checkpoint;
+mod file_bytes;
+mod gguf;
+mod peft;
 mod safetensors;
 
+pub use self::checkpoint::{Checkpoint, TensorEntry};
+pub use self::gguf::{GgufFile, GgufLora, GgufTensor, GgufType, GgufValue, GgufWriter};
+
+pub use self::peft::{ExpertOrientation, FusedExperts, LoraConfig, LoraPair, PeftAdapter, Target};
 pub use self::safetensors::TensorFile;
 pub(crate) use self::safetensors::read_bytes;
+pub use ::safetensors::Dtype;

@@ -10,6 +10,7 @@ use safetensors::tensor::{Dtype, TensorView};
 
 use crate::error::{Error, Result};
 use crate::file;
+use crate::formats::checkpoint::explain;
 use crate::graph::{MASTER, ParameterStore, Storage, rounds_to};
 use crate::tensor::{Tensor, TensorData};
 
@@ -51,7 +52,7 @@ impl TensorFile {
             reason,
         };
         let (_, header) =
-            SafeTensors::read_metadata(bytes).map_err(|error| wrong(error.to_string()))?;
+            SafeTensors::read_metadata(bytes).map_err(|error| wrong(explain(bytes, &error)))?;
         let file = SafeTensors::deserialize(bytes).map_err(|error| wrong(error.to_string()))?;
         let metadata = header
             .metadata()
@@ -106,7 +107,7 @@ impl TensorFile {
     }
 }
 
-fn elements(view: &TensorView<'_>) -> Option<TensorData> {
+pub(crate) fn elements(view: &TensorView<'_>) -> Option<TensorData> {
     let bytes = view.data();
     Some(match view.dtype() {
         Dtype::F32 => TensorData::F32(bytemuck::pod_collect_to_vec(bytes)),

@@ -71,6 +71,7 @@ pub(crate) use gate_gradient::GatedGradient;
 pub use gated_experts::Projection;
 pub(crate) use host::HostBuffer;
 pub use host::{HostIo, Real};
+pub(crate) use host_gemm::{Matrix, gemm};
 pub use loss_scale::LossScaling;
 pub(crate) use loss_scale::STATE_LENGTH;
 pub use matmul::{MatMul, Product};

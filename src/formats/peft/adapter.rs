@@ -1,0 +1,323 @@
+//! An adapter's pairs of matrices.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::Path;
+
+use safetensors::tensor::Dtype;
+
+use crate::error::{Error, Result};
+use crate::formats::checkpoint::{self, Checkpoint, RawTensor};
+use crate::formats::peft::config::{CONFIG, LoraConfig};
+use crate::graph::ParameterStore;
+use crate::layers::AdapterOptions;
+use crate::tensor::Tensor;
+
+/// The file of an adapter's tensors.
+const MODEL: &str = "adapter_model.safetensors";
+/// What stands before the name of every layer.
+const PREFIX: &str = "base_model.model.";
+
+/// What kind of layer a pair is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A linear layer: A is `[rank, d_in]`, B `[d_out, rank]`.
+    Linear,
+    /// An embedding: A is `[rank, vocabulary]`, B `[width, rank]`.
+    Embedding,
+}
+
+/// The two matrices of an adapted layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraPair {
+    /// What kind of layer it is.
+    pub target: Target,
+    /// `[rank, d_in]`.
+    pub a: Tensor,
+    /// `[d_out, rank]`.
+    pub b: Tensor,
+    /// The bias of B, `[d_out]`, with `lora_bias`.
+    pub bias: Option<Tensor>,
+    /// The factor in front of B A.
+    pub scale: f64,
+}
+
+impl LoraPair {
+    /// The rank.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.b.shape().last()
+    }
+
+    /// Rank and alpha for this crate's layers, whose scale is alpha / rank.
+    #[must_use]
+    pub fn options(&self) -> AdapterOptions {
+        AdapterOptions::new(self.rank(), (self.scale * self.rank() as f64) as f32)
+    }
+}
+
+/// An adapter as PEFT keeps it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PeftAdapter {
+    /// What `adapter_config.json` says.
+    pub config: LoraConfig,
+    /// The pairs by the path of their layer, such as `model.layers.0.self_attn.q_proj`.
+    pub pairs: BTreeMap<String, LoraPair>,
+    /// Other tensors under their whole names: modules that were trained whole (`modules_to_save`), biases of the model.
+    pub others: BTreeMap<String, Tensor>,
+}
+
+/// A part of a pair, by the end of its tensor's name.
+const PARTS: [(&str, Target, Part); 5] = [
+    (".lora_A.weight", Target::Linear, Part::A),
+    (".lora_B.weight", Target::Linear, Part::B),
+    (".lora_B.bias", Target::Linear, Part::Bias),
+    (".lora_embedding_A", Target::Embedding, Part::A),
+    (".lora_embedding_B", Target::Embedding, Part::B),
+];
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    A,
+    B,
+    Bias,
+}
+
+#[derive(Default)]
+struct Parts {
+    target: Option<Target>,
+    a: Option<Tensor>,
+    b: Option<Tensor>,
+    bias: Option<Tensor>,
+}
+
+impl PeftAdapter {
+    /// Reads an adapter's folder.
+    ///
+    /// # Errors
+    /// [`Error::File`] if a file cannot be read; [`Error::Format`] if one is damaged, the adapter is of a kind that is not read (see
+    /// [`LoraConfig::from_json`]), a matrix has no partner, a rank is not what the configuration says, or a number is not finite.
+    pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let config = LoraConfig::read(folder.join(CONFIG))?;
+        let path = folder.join(MODEL);
+        if !path.exists() && folder.join("adapter_model.bin").exists() {
+            return Err(Error::Format {
+                path: folder.join("adapter_model.bin"),
+                reason: "a pickle, which can run any code: save the adapter as safetensors"
+                    .to_owned(),
+            });
+        }
+        let checkpoint = Checkpoint::open(&path)?;
+        let wrong = |reason: String| Error::Format {
+            path: path.clone(),
+            reason,
+        };
+        let mut parts: BTreeMap<String, Parts> = BTreeMap::new();
+        let mut others = BTreeMap::new();
+        for (name, _) in checkpoint.tensors() {
+            let tensor = checkpoint.tensor(name)?;
+            let finite = |tensor: &Tensor| tensor.to_f32().iter().position(|x| !x.is_finite());
+            if let Some(element) = finite(&tensor) {
+                return Err(wrong(format!(
+                    "tensor `{name}` holds a NaN or an infinity (element {element})"
+                )));
+            }
+            if name.contains(".lora_magnitude_vector") {
+                return Err(wrong(format!(
+                    "tensor `{name}`: the adapter is DoRA, which this release does not compute"
+                )));
+            }
+            let found = PARTS
+                .iter()
+                .find_map(|(end, target, part)| Some((name.strip_suffix(end)?, *target, *part)));
+            let Some((layer, target, part)) = found else {
+                others.insert(name.to_owned(), tensor);
+                continue;
+            };
+            let Some(layer) = layer.strip_prefix(PREFIX) else {
+                return Err(wrong(format!(
+                    "tensor `{name}` does not begin with {PREFIX}"
+                )));
+            };
+            let entry = parts.entry(layer.to_owned()).or_default();
+            if entry.target.is_some_and(|other| other != target) {
+                return Err(wrong(format!(
+                    "`{layer}` is adapted as a linear layer and as an embedding"
+                )));
+            }
+            entry.target = Some(target);
+            let place = match part {
+                Part::A => &mut entry.a,
+                Part::B => &mut entry.b,
+                Part::Bias => &mut entry.bias,
+            };
+            *place = Some(tensor);
+        }
+        let pairs = parts
+            .into_iter()
+            .map(|(layer, parts)| {
+                let pair = pair(&config, &layer, parts).map_err(|error| match error {
+                    Fault::Of(reason) => wrong(reason),
+                    Fault::Other(error) => error,
+                })?;
+                Ok((layer, pair))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            config,
+            pairs,
+            others,
+        })
+    }
+
+    /// Writes an adapter's folder, which is made if it is not there. The tensors are written first, each file under a temporary name.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it cannot be written; [`Error::Setting`] if the configuration gives a pair another rank or scale than it has: PEFT
+    /// would compute something else.
+    pub fn write(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let folder = folder.as_ref();
+        for (layer, pair) in &self.pairs {
+            let (rank, scale) = (self.config.rank_of(layer)?, self.config.scale_of(layer)?);
+            if rank != pair.rank() {
+                return Err(Error::Setting {
+                    setting: "rank",
+                    value: rank.to_string(),
+                    reason: format!("the pair of `{layer}` has rank {}", pair.rank()),
+                });
+            }
+            if (scale - pair.scale).abs() > 1e-6 * scale.abs().max(1e-30) {
+                return Err(Error::Setting {
+                    setting: "scale",
+                    value: scale.to_string(),
+                    reason: format!("the pair of `{layer}` has {}", pair.scale),
+                });
+            }
+        }
+        fs::create_dir_all(folder).map_err(|source| Error::File {
+            path: folder.to_owned(),
+            source,
+        })?;
+        let mut tensors = Vec::new();
+        for (layer, pair) in &self.pairs {
+            let mut parts = vec![(Part::A, &pair.a), (Part::B, &pair.b)];
+            parts.extend(pair.bias.as_ref().map(|bias| (Part::Bias, bias)));
+            for (part, tensor) in parts {
+                let end = PARTS
+                    .iter()
+                    .find(|(_, target, other)| *target == pair.target && *other == part);
+                let Some((end, ..)) = end else {
+                    return Err(Error::Setting {
+                        setting: "lora_bias",
+                        value: layer.clone(),
+                        reason: "an embedding has no bias".to_owned(),
+                    });
+                };
+                tensors.push(floats(format!("{PREFIX}{layer}{end}"), tensor));
+            }
+        }
+        for (name, tensor) in &self.others {
+            tensors.push(floats(name.clone(), tensor));
+        }
+        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        checkpoint::write(&folder.join(MODEL), &tensors, metadata)?;
+        self.config.write(folder.join(CONFIG))
+    }
+
+    /// Puts the pairs of all linear layers into a store as `LAYER.lora_a` and `LAYER.lora_b`, the names that [`Lora`](crate::layers::Lora)
+    /// has for a layer of that path.
+    ///
+    /// # Errors
+    /// [`Error::TypeMismatch`] if the store has another shape under such a name, [`Error::OutOfMemory`] if the device is full.
+    pub fn load_into(&self, store: &ParameterStore) -> Result<()> {
+        for (layer, pair) in &self.pairs {
+            if pair.target == Target::Linear {
+                store.insert(&format!("{layer}.lora_a"), &pair.a)?;
+                store.insert(&format!("{layer}.lora_b"), &pair.b)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A tensor to be written in 32 bits.
+fn floats(name: String, tensor: &Tensor) -> RawTensor<'_> {
+    let bytes = match tensor.as_f32() {
+        Some(floats) => Cow::Borrowed(bytemuck::cast_slice(floats)),
+        None => Cow::Owned(bytemuck::cast_slice(&tensor.to_f32()).to_vec()),
+    };
+    RawTensor {
+        name,
+        dtype: Dtype::F32,
+        shape: tensor.shape().dims().to_vec(),
+        bytes,
+    }
+}
+
+/// What is wrong with a pair, or with the configuration.
+enum Fault {
+    Of(String),
+    Other(Error),
+}
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+fn pair(config: &LoraConfig, layer: &str, parts: Parts) -> Result<LoraPair, Fault> {
+    let missing = |which: &str| Fault::Of(format!("`{layer}` has no {which}"));
+    let (Some(a), Some(b)) = (&parts.a, &parts.b) else {
+        return Err(missing(if parts.a.is_none() {
+            "lora_A"
+        } else {
+            "lora_B"
+        }));
+    };
+    let shapes = [a, b].map(|tensor| tensor.shape().dims().to_vec());
+    let ([rank, _], [d_out, other]) = (shapes[0].as_slice(), shapes[1].as_slice()) else {
+        return Err(Fault::Of(format!(
+            "`{layer}`: lora_A {:?} and lora_B {:?} are no matrices; convolutions are not read",
+            shapes[0], shapes[1]
+        )));
+    };
+    if rank != other {
+        return Err(Fault::Of(format!(
+            "`{layer}`: lora_A {:?} and lora_B {:?} have different ranks",
+            shapes[0], shapes[1]
+        )));
+    }
+    // Adapters of fused experts hold the ranks of all experts in one matrix.
+    let expected = config.rank_of(layer)?;
+    let fused = config
+        .others
+        .get("target_parameters")
+        .is_some_and(|v| !v.is_null());
+    if *rank != expected && !(fused && rank.is_multiple_of(expected)) {
+        return Err(Fault::Of(format!(
+            "`{layer}` has rank {rank}, the configuration says {expected}"
+        )));
+    }
+    if let Some(bias) = &parts.bias
+        && bias.shape().dims() != [*d_out]
+    {
+        return Err(Fault::Of(format!(
+            "`{layer}`: the bias of lora_B is {:?}, expected [{d_out}]",
+            bias.shape().dims()
+        )));
+    }
+    let scale = config.scale_of(layer)?;
+    match (parts.target, parts.a, parts.b) {
+        (Some(target), Some(a), Some(b)) => Ok(LoraPair {
+            target,
+            a,
+            b,
+            bias: parts.bias,
+            scale,
+        }),
+        _ => Err(missing("pair")),
+    }
+}
