@@ -1,6 +1,7 @@
 //! The `rankmix` program: what devices there are, whether they compute what they should, and how fast.
 
 mod devices;
+mod inspect;
 mod replay;
 mod roofline;
 mod time;
@@ -25,6 +26,8 @@ struct Program {
 enum Command {
     /// List the adapters of this machine with their limits and features.
     Devices,
+    /// Say what is in a file or folder: tensors, shapes, element types, metadata, adapters.
+    Inspect(inspect::Options),
     /// Replay golden cases and compare outputs and gradients. Exits with 1 if any fails.
     Replay(replay::Options),
     /// Time a layer, forward and forward plus backward.
@@ -100,6 +103,7 @@ impl DeviceArguments {
 fn main() -> ExitCode {
     let done = match Program::parse().command {
         Command::Devices => devices::run().map(|()| ExitCode::SUCCESS),
+        Command::Inspect(options) => inspect::run(&options),
         Command::Replay(options) => replay::run(&options),
         Command::Time(options) => time::run(&options),
         Command::Roofline(options) => roofline::run(&options),

@@ -1,0 +1,111 @@
+"""Writes files with the packages that define the formats, and reads with them what rankmix wrote: see check_formats.sh."""
+
+import json
+import os
+import sys
+
+import gguf
+import numpy
+from safetensors.numpy import load_file, save_file
+
+LAYER = "model.layers.0.self_attn.q_proj"
+PREFIX = f"base_model.model.{LAYER}"
+
+
+def write(folder):
+    """One GGUF file with every element type that rankmix reads, and what its elements are; one safetensors file."""
+    os.makedirs(folder)
+    random = numpy.random.default_rng(1)
+    values = random.standard_normal((6, 96), dtype=numpy.float32)
+    writer = gguf.GGUFWriter(f"{folder}/all.gguf", "llama")
+    writer.add_string("general.name", "grüße")
+    writer.add_array("some.numbers", [1, 2, 3])
+    writer.add_array("some.texts", ["a", "", "世界"])
+    expected = {}
+    for name in ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0"]:
+        kind = gguf.GGMLQuantizationType[name]
+        data = gguf.quants.quantize(values, kind)
+        if name in ("F32", "F16"):
+            writer.add_tensor(name, data)
+        else:
+            writer.add_tensor(name, data, raw_dtype=kind)
+        expected[name] = gguf.quants.dequantize(data, kind).astype(numpy.float32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_file(expected, f"{folder}/expected.safetensors", metadata={"made by": "safetensors"})
+
+
+def same(what, one, other):
+    assert one.shape == other.shape, f"{what}: {one.shape} and {other.shape}"
+    assert (one == other).all(), f"{what}: {numpy.abs(one - other).max()} apart"
+    print(f"  {what}: {list(one.shape)}, equal")
+
+
+def read(folder):
+    config = json.load(open(f"{folder}/peft/adapter_config.json"))
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8), config
+    adapter = load_file(f"{folder}/peft/adapter_model.safetensors")
+    a, b = (adapter[f"{PREFIX}.lora_{part}.weight"] for part in "AB")
+    for bits, kind in [("32", numpy.float32), ("16", numpy.float16)]:
+        file = gguf.GGUFReader(f"{folder}/adapter-f{bits}.gguf")
+        assert file.get_field("general.type").contents() == "adapter"
+        assert file.get_field("adapter.lora.alpha").contents() == 8.0
+        tensors = {tensor.name: tensor.data for tensor in file.tensors}
+        for name, matrix in [("lora_a", a), ("lora_b", b)]:
+            same(f"GGUF adapter, f{bits}, {name}", tensors[f"blk.0.attn_q.weight.{name}"], matrix.astype(kind))
+    model = load_file(f"{folder}/model.safetensors")[f"{LAYER}.weight"]
+    file = gguf.GGUFReader(f"{folder}/model.gguf")
+    same("GGUF model", file.tensors[0].data, model.astype(numpy.float16))
+    base = load_file(f"{folder}/base.safetensors")[f"{LAYER}.weight"]
+    apart = numpy.abs(base + config["lora_alpha"] / config["r"] * b @ a - model).max()
+    assert apart < 1e-5, apart
+    print(f"  merged weight: {apart:.1e} apart")
+
+
+def read_with_peft(folder):
+    """The adapter loaded by PEFT computes what the merged weight does."""
+    import torch
+    from peft import PeftModel
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = torch.nn.Linear(64, 48, bias=False)
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.self_attn = Attention()
+
+    class Inner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Layer()])
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Inner()
+
+        def forward(self, x):
+            return self.model.layers[0].self_attn.q_proj(x)
+
+    model = Model()
+    weight = load_file(f"{folder}/base.safetensors")[f"{LAYER}.weight"]
+    model.model.layers[0].self_attn.q_proj.weight.data = torch.from_numpy(weight)
+    adapted = PeftModel.from_pretrained(model, f"{folder}/peft")
+    merged = torch.from_numpy(load_file(f"{folder}/model.safetensors")[f"{LAYER}.weight"])
+    x = torch.randn(5, 64)
+    apart = (adapted(x) - x @ merged.T).abs().max().item()
+    assert apart < 1e-4, apart
+    print(f"  adapter in PEFT against the merged weight: {apart:.1e} apart")
+
+
+if sys.argv[1] == "write":
+    write(sys.argv[2])
+else:
+    read(sys.argv[2])
+    if "--peft" in sys.argv:
+        read_with_peft(sys.argv[2])
