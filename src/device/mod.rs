@@ -133,8 +133,8 @@ impl Device {
         };
         let kernels = match (&options.kernels, std::env::var_os(KERNELS_VARIABLE)) {
             (Some(kernels), _) => kernels.clone(),
-            (None, Some(path)) => TunedKernels::load(PathBuf::from(path))?,
-            (None, None) => TunedKernels::default(),
+            (None, Some(path)) if !path.is_empty() => TunedKernels::load(PathBuf::from(path))?,
+            _ => TunedKernels::default(),
         };
         let (device, queue, summary) = adapter::open(&adapter).await?;
         let choices = kernels.choices(&summary);
