@@ -7,6 +7,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 
+/// The whole of a text file.
+///
+/// # Errors
+/// [`Error::File`] if it cannot be read.
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    fs::read_to_string(path).map_err(|source| Error::File {
+        path: path.to_owned(),
+        source,
+    })
+}
+
 /// Writes a file under a temporary name beside it, which is this call's own, and renames it. Of several at once, the last one's stays.
 ///
 /// # Errors

@@ -56,6 +56,14 @@ struct Index {
 }
 
 impl Checkpoint {
+    fn empty() -> Self {
+        Self {
+            files: Vec::new(),
+            tensors: BTreeMap::new(),
+            metadata: BTreeMap::new(),
+        }
+    }
+
     /// Opens a safetensors file, an index, or a folder that holds `model.safetensors`, `model.safetensors.index.json` with its files, or
     /// `adapter_model.safetensors`.
     ///
@@ -82,11 +90,7 @@ impl Checkpoint {
         {
             Self::open_index(path)
         } else {
-            let mut checkpoint = Self {
-                files: Vec::new(),
-                tensors: BTreeMap::new(),
-                metadata: BTreeMap::new(),
-            };
+            let mut checkpoint = Self::empty();
             checkpoint.add(path)?;
             Ok(checkpoint)
         }
@@ -97,17 +101,10 @@ impl Checkpoint {
             path: path.to_owned(),
             reason,
         };
-        let text = std::fs::read_to_string(path).map_err(|source| Error::File {
-            path: path.to_owned(),
-            source,
-        })?;
+        let text = file::read_text(path)?;
         let index: Index = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
         let folder = path.parent().unwrap_or(Path::new(""));
-        let mut checkpoint = Self {
-            files: Vec::new(),
-            tensors: BTreeMap::new(),
-            metadata: BTreeMap::new(),
-        };
+        let mut checkpoint = Self::empty();
         let mut number_of = BTreeMap::new();
         for (tensor, file) in &index.weight_map {
             // A name with a folder in it could be any file of the machine.

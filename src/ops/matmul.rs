@@ -84,6 +84,17 @@ pub(crate) struct Sizes {
     pub(crate) b_batched: bool,
 }
 
+impl Sizes {
+    /// How many elements lie between an operand's batch entries, a and b: 0 where all share it.
+    pub(crate) fn batch_steps(&self) -> [usize; 2] {
+        let step = |batched: bool, size: usize| if batched { size } else { 0 };
+        [
+            step(self.a_batched, self.m * self.k),
+            step(self.b_batched, self.k * self.n),
+        ]
+    }
+}
+
 impl Graph {
     /// `a b`: `[m, k]` times `[k, n]`. Either may have a batch dimension in front; one without is repeated.
     ///

@@ -174,8 +174,8 @@ fn by_subgroups(product: &Launched, capabilities: &Capabilities) -> Result<Launc
     .param(m)
     .param(n)
     .param(k)
-    .param(if sizes.a_batched { m * k } else { 0 })
-    .param(if sizes.b_batched { k * n } else { 0 })
+    .param(sizes.batch_steps()[0])
+    .param(sizes.batch_steps()[1])
     .param(options.alpha)
     .param(second_sizes.k)
     .param(second_options.alpha)
@@ -229,8 +229,8 @@ fn staged(product: &Launched, side: usize, capabilities: &Capabilities) -> Resul
         .param(m)
         .param(n)
         .param(k)
-        .param(if sizes.a_batched { m * k } else { 0 })
-        .param(if sizes.b_batched { k * n } else { 0 })
+        .param(sizes.batch_steps()[0])
+        .param(sizes.batch_steps()[1])
         .param(options.alpha)
         .param(second_sizes.k)
         .param(second_options.alpha)
@@ -267,8 +267,8 @@ fn split(
             .param(m)
             .param(n)
             .param(k)
-            .param(if sizes.a_batched { m * k } else { 0 })
-            .param(if sizes.b_batched { k * n } else { 0 })
+            .param(sizes.batch_steps()[0])
+            .param(sizes.batch_steps()[1])
             .param(options.alpha)
             .param(m_groups)
             .param(n_groups)
@@ -315,14 +315,7 @@ fn split(
 /// `shaders/matmul.wgsl`, with so many rows an invocation.
 fn direct(one: Single, rows: usize, capabilities: &Capabilities) -> Result<Launch> {
     let (options, sizes) = one.product;
-    let Sizes {
-        batch,
-        m,
-        n,
-        k,
-        a_batched,
-        b_batched,
-    } = sizes;
+    let Sizes { batch, m, n, k, .. } = sizes;
     let (m_tiles, n_tiles) = (m.div_ceil(rows), n.div_ceil(COLUMNS));
     // Invocations of a workgroup: a square where the result is large, along the rows where it is narrow.
     let shape = |invocations: usize| {
@@ -358,8 +351,8 @@ fn direct(one: Single, rows: usize, capabilities: &Capabilities) -> Result<Launc
         .param(m)
         .param(n)
         .param(k)
-        .param(if a_batched { m * k } else { 0 })
-        .param(if b_batched { k * n } else { 0 })
+        .param(sizes.batch_steps()[0])
+        .param(sizes.batch_steps()[1])
         .param(options.alpha)
         .param(m_groups)
         .param(n_groups)

@@ -95,10 +95,7 @@ impl LoraConfig {
     /// [`Error::File`] if it cannot be read, and as [`LoraConfig::from_json`].
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let json = std::fs::read_to_string(path).map_err(|source| Error::File {
-            path: path.to_owned(),
-            source,
-        })?;
+        let json = file::read_text(path)?;
         Self::from_json(&json, path)
     }
 

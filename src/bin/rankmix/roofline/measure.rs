@@ -8,7 +8,7 @@ use rankmix::ops::{CopyForm, MultiplyAdds};
 use rankmix::{Device, Graph, Init, ParameterStore, Result, Session, Tensor, TensorType, Value};
 use serde::Serialize;
 
-use crate::time::ramp;
+use crate::time::{median, ramp};
 
 /// At least this many samples of everything, and for at least this long.
 const SAMPLES: usize = 7;
@@ -53,11 +53,6 @@ impl Limits {
         let memory = cost.bytes as f64 / self.bytes_per_second;
         (arithmetic.max(memory), memory >= arithmetic)
     }
-}
-
-fn median(mut seconds: Vec<f64>) -> f64 {
-    seconds.sort_by(f64::total_cmp);
-    seconds[seconds.len() / 2]
 }
 
 /// Samples every function in turn until there are enough, and returns their medians.
