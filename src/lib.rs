@@ -77,6 +77,8 @@
 //! [`layers`] and [`train`] are made of [`graph`] operations, which are in [`ops`], one file each, and describe their kernels as data to
 //! [`device`], the only module that names wgpu. `docs/architecture.md` in the repository says more.
 
+#[cfg(feature = "convert")]
+pub mod convert;
 #[cfg_attr(
     target_arch = "wasm32",
     expect(

@@ -3,12 +3,13 @@
 mod checkpoint;
 mod file_bytes;
 mod gguf;
+mod moe;
 mod peft;
 mod safetensors;
 
 pub use self::checkpoint::{Checkpoint, TensorEntry};
 pub use self::gguf::{GgufFile, GgufLora, GgufTensor, GgufType, GgufValue, GgufWriter};
-
+pub use self::moe::{LatentDown, LatentExperts, MoeExperts};
 pub use self::peft::{ExpertOrientation, FusedExperts, LoraConfig, LoraPair, PeftAdapter, Target};
 pub use self::safetensors::TensorFile;
 pub(crate) use self::safetensors::read_bytes;
