@@ -25,13 +25,13 @@ trap 'rm -f "$results"' EXIT
 # Both print a line of `LAYER WHERE WHO SECONDS BYTES`. Burn's wgpu backend may crash when it ends, after its figure.
 ours() { # layer, device
   "$rankmix" time --layer "$1" --device "$2" --json |
-    python3 -c "import json, sys; t = json.load(sys.stdin); print('$1 $2 rankmix', t['step_seconds'], t['peak_bytes'])" >> "$results"
+    python3 -c "import json, sys; t = json.load(sys.stdin); print('$1 $2 rankmix', t['step_seconds'], t['peak_bytes'], t['pool_bytes'])" >> "$results"
 }
 theirs() { # layer, device, name, program and arguments
   local layer=$1 device=$2 name=$3 figures
   shift 3
   figures=$("$@" "$layer" 2>/dev/null) || [ -n "$figures" ]
-  awk -v of="$layer $device $name" 'END { print of, $1, $2 }' <<<"$figures" >> "$results"
+  awk -v of="$layer $device $name" 'END { print of, $1, $2, 0 }' <<<"$figures" >> "$results"
 }
 
 for round in $(seq "$rounds"); do
@@ -47,13 +47,14 @@ for round in $(seq "$rounds"); do
   theirs lora cpu ndarray "$cpu" ndarray
 done
 
-"$rankmix" devices | head -n 1
+"$rankmix" devices | sed -n 1p
 python3 - "$results" <<'PYTHON'
 import statistics, sys
-seconds, memory = {}, {}
+seconds, memory, pools = {}, {}, {}
 for line in open(sys.argv[1]):
-    layer, device, who, time, held = line.split()
+    layer, device, who, time, held, pool = line.split()
     seconds.setdefault((layer, device, who), []).append(float(time))
+    pools[layer, device, who] = int(pool)
     memory[layer, device, who] = max(int(held), memory.get((layer, device, who), 0))
 print("| layer | on | rankmix | peer | | times as fast |\n|---|---|---:|---|---:|---:|")
 middle = {key: statistics.median(times) for key, times in seconds.items()}
@@ -61,9 +62,11 @@ for (layer, device, who), time in middle.items():
     if who != "rankmix":
         own = middle[layer, device, "rankmix"]
         print(f"| {layer} | {device} | {own * 1e3:.1f} ms | {who} | {time * 1e3:.1f} ms | {time / own:.1f} |")
-print("\n| layer | device memory of rankmix, parameters included | held by Burn's allocator | share |\n|---|---:|---:|---:|")
+# Parameters and inputs are the same numbers for both.
+print("\n| layer | device memory of rankmix | held by Burn's allocator | share | the same without parameters and inputs | | share |\n|---|---:|---:|---:|---:|---:|---:|")
 for (layer, device, who), held in memory.items():
     if who == "Burn" and held:
-        own = memory[layer, device, "rankmix"]
-        print(f"| {layer} | {own / 1e6:.1f} MB | {held / 1e6:.1f} MB | {own / held:.2f} |")
+        own, pool = memory[layer, device, "rankmix"], pools[layer, device, "rankmix"]
+        rest = held - (own - pool)
+        print(f"| {layer} | {own / 1e6:.1f} MB | {held / 1e6:.1f} MB | {own / held:.2f} | {pool / 1e6:.1f} MB | {rest / 1e6:.1f} MB | {pool / rest:.2f} |")
 PYTHON

@@ -114,6 +114,8 @@ struct Timing {
     /// Time that the host takes to submit a step, not to see it done, for each launch.
     host_seconds_per_launch: Option<f64>,
     peak_bytes: u64,
+    /// Of them the buffers that computed values share; the rest are parameters and inputs.
+    pool_bytes: u64,
     /// The buffers that computed values share, over the least they could do with.
     pool_over_lower_bound: f64,
     launches: u64,
@@ -329,6 +331,7 @@ fn measure(options: &Options, device: &Device) -> Result<Timing> {
         } else {
             planned
         },
+        pool_bytes: memory.pool,
         pool_over_lower_bound: memory.pool as f64 / memory.pool_lower_bound as f64,
         launches,
         submits: after.submits - before.submits,
@@ -359,6 +362,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         println!(
             "  peak device memory         {:.2} MiB",
             timing.peak_bytes as f64 / f64::from(1 << 20)
+        );
+        println!(
+            "  of it computed values      {:.2} MiB",
+            timing.pool_bytes as f64 / f64::from(1 << 20)
         );
         println!(
             "  pool over lower bound      {:.3}",
