@@ -18,7 +18,7 @@ const WHOLE: &str = "model.safetensors";
 /// The file that says in which of several files each tensor is.
 const INDEX: &str = "model.safetensors.index.json";
 /// The file of an adapter.
-const ADAPTER: &str = "adapter_model.safetensors";
+pub(crate) const ADAPTER: &str = "adapter_model.safetensors";
 
 /// An open model: where each tensor is. The files are mapped, so that only what is asked for is read.
 #[derive(Debug)]
@@ -215,10 +215,7 @@ impl Checkpoint {
     /// 0, [`Error::Limit`] if it has too many elements.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let entry = self.find(name)?;
-        let wrong = |reason: String| Error::Format {
-            path: self.files[entry.file].0.clone(),
-            reason: format!("tensor `{name}` at byte {}: {reason}", entry.start),
-        };
+        let wrong = |reason: String| self.wrong(name, &reason);
         let view = TensorView::new(entry.dtype, entry.shape.clone(), self.raw(name)?)
             .map_err(|error| wrong(error.to_string()))?;
         let data = elements(&view).ok_or_else(|| {
@@ -228,6 +225,48 @@ impl Checkpoint {
             ))
         })?;
         Tensor::new(entry.shape.as_slice().into(), data).map_err(|error| wrong(error.to_string()))
+    }
+
+    /// A tensor whose elements are all finite.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`], and [`Error::Format`] if an element is not finite.
+    pub(crate) fn finite_tensor(&self, name: &str) -> Result<Tensor> {
+        let tensor = self.tensor(name)?;
+        match tensor.first_not_finite() {
+            None => Ok(tensor),
+            Some(element) => Err(self.wrong(
+                name,
+                &format!("holds a NaN or an infinity (element {element})"),
+            )),
+        }
+    }
+
+    /// What is wrong with a tensor: an error that names it, its file and its place there.
+    pub(crate) fn wrong(&self, name: &str, reason: &str) -> Error {
+        match self.tensors.get(name) {
+            Some(entry) => Error::Format {
+                path: self.files[entry.file].0.clone(),
+                reason: format!("tensor `{name}` at byte {}: {reason}", entry.start),
+            },
+            None => Error::Format {
+                path: self.path(),
+                reason: format!("tensor `{name}`: {reason}"),
+            },
+        }
+    }
+
+    /// What is wrong with the file, or with the first of several.
+    pub(crate) fn fault(&self, reason: String) -> Error {
+        Error::Format {
+            path: self.path(),
+            reason,
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        let first = self.files.first();
+        first.map(|(path, _)| path.clone()).unwrap_or_default()
     }
 }
 
