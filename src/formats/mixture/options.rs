@@ -308,12 +308,12 @@ fn object<T: Serialize>(value: &T) -> Map<String, Value> {
 
 /// Splits the options of layers into those of the first, without names, and for each layer what differs from them.
 pub(crate) fn split(
-    configs: impl IntoIterator<Item = (&String, LayerConfig)>,
+    configs: &[(&String, LayerConfig)],
 ) -> (Map<String, Value>, Map<String, Value>) {
     let mut common: Option<Map<String, Value>> = None;
     let mut layers = Map::new();
     for (path, config) in configs {
-        let own = object(&config);
+        let own = object(config);
         let common = common.get_or_insert_with(|| {
             let mut common = own.clone();
             common.retain(|key, _| !NAMES.contains(&key.as_str()));
@@ -327,7 +327,7 @@ pub(crate) fn split(
             }
         }
         if !differences.is_empty() {
-            layers.insert(path.clone(), Value::Object(differences));
+            layers.insert((*path).clone(), Value::Object(differences));
         }
     }
     (common.unwrap_or_default(), layers)

@@ -48,7 +48,7 @@ impl MixtureAdapter {
             let gate_of = self.blocks.get(path);
             (path, LayerConfig::of(layer, gate_of))
         });
-        let (common, layers) = split(configs);
+        let (common, layers) = split(&configs.collect::<Vec<_>>());
         let mut object: Map<String, Value> = Map::new();
         object.insert("peft_type".to_owned(), kind.peft_type().into());
         object.insert("format".to_owned(), FORMAT.into());
