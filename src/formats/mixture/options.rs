@@ -212,7 +212,6 @@ impl LayerConfig {
         path: &str,
         [d_in, d_out]: [usize; 2],
     ) -> Result<MixtureLayer> {
-        self.check(kind)?;
         let mut base = Linear::new(path, d_in, d_out);
         base.bias = self.base_bias;
         let options = AdapterOptions {
@@ -260,8 +259,8 @@ impl LayerConfig {
         })
     }
 
-    /// Sizes that no file has, and options of another kind of mixture.
-    fn check(&self, kind: MixtureKind) -> Result<()> {
+    /// Refuses sizes that no file has, and options of another kind of mixture.
+    pub(crate) fn check(&self, kind: MixtureKind) -> Result<()> {
         let limit = |setting, value: usize, most: usize| {
             if value <= most {
                 return Ok(());

@@ -150,6 +150,9 @@ impl MixtureAdapter {
             {
                 check_path(name).map_err(|reason| wrong(format!("`{name}`: {reason}")))?;
             }
+            options
+                .check(config.kind)
+                .map_err(|error| wrong(error.to_string()))?;
             let widths = widths(checkpoint, &options.width_tensors(config.kind, &path))?;
             let layer = options
                 .layer(config.kind, &path, widths)

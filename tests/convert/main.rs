@@ -1,0 +1,3 @@
+//! Conversions of one kind of mixture into another.
+
+mod core;
