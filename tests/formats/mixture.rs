@@ -668,12 +668,15 @@ fn impossible_configurations_are_refused() {
         assert_damaged!(read(RotMole, key, value), word);
     }
     assert_damaged!(read(CoMol, "\"key.value\"", "\"../key\""), "../key");
-    assert_damaged!(
-        read(CoMol, "\"num_experts\": 2", "\"r\": 3, \"num_experts\": 2"),
-        "0.attention.lora_a",
-        "[4, 10]",
-        "[3, 10]"
+    // Two layers that share A and disagree about its rank.
+    let v_gate = "base_model.model.model.layers.0.self_attn.v_proj.moe_gate.weight";
+    let disagreeing = read_changed(
+        folder.path(),
+        CoMol,
+        |file| _ = file.tensors.insert(v_gate.to_owned(), floats(&[2, 3], 1)),
+        |text| text.replacen("\"num_experts\": 2", "\"r\": 3, \"num_experts\": 2", 1),
     );
+    assert_damaged!(disagreeing, "0.attention.lora_a", "[4, 10]", "[3, 10]");
     let config = folder.path().join("adapter_config.json");
     fs::write(&config, "{\"peft_type\": \"COMOL\", ").expect("a folder");
     assert_damaged!(
