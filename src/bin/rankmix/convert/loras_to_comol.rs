@@ -11,11 +11,8 @@ use rankmix::formats::PeftAdapter;
 use crate::convert::output::OutputFolder;
 use crate::convert::summary;
 
-/// Each LoRA becomes one core expert between an A and a B that all share. That loses nothing if the shared rank is large enough; `conversion.json`
-/// in OUT_DIR says what it is for each layer, and what each expert has lost. The router starts at zero: every token takes the mean of all
-/// LoRAs until it is trained.
+/// What to convert, and how.
 #[derive(Debug, clap::Args)]
-#[command(verbatim_doc_comment)]
 pub(crate) struct Options {
     /// The folder to make: adapter_config.json, adapter_model.safetensors, conversion.json.
     #[arg(value_name = "OUT_DIR")]

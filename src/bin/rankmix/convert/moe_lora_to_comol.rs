@@ -11,10 +11,8 @@ use rankmix::{Error, Result};
 use crate::convert::output::OutputFolder;
 use crate::convert::summary;
 
-/// The experts become core experts between an A and a B that all share; the routing stays what it is. That loses nothing if the shared rank is large
-/// enough; `conversion.json` in OUT_DIR says what it is for each layer, and what each expert has lost. Of RotMoLE the rotations are left out.
+/// What to convert, and how.
 #[derive(Debug, clap::Args)]
-#[command(verbatim_doc_comment)]
 pub(crate) struct Options {
     /// The folder to make: adapter_config.json, adapter_model.safetensors, conversion.json.
     #[arg(value_name = "OUT_DIR")]
