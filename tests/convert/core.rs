@@ -112,7 +112,7 @@ fn run_lora(adapter: &PeftAdapter) -> Vec<Tensor> {
         None => base.forward(graph, x).expect("sound"),
     };
     run(&bases, forward, |store| {
-        adapter.load_into(store).expect("its own pairs")
+        adapter.load_into(store).expect("its own pairs");
     })
 }
 

@@ -712,7 +712,7 @@ fn what_could_not_be_read_is_not_written() {
         &|adapter| {
             _ = adapter
                 .tensors
-                .insert(format!("{q}.lora_a"), floats(&[3, 4, 9], 1))
+                .insert(format!("{q}.lora_a"), floats(&[3, 4, 9], 1));
         },
         "[3, 4, 10]",
     );
@@ -720,7 +720,7 @@ fn what_could_not_be_read_is_not_written() {
         &|adapter| {
             _ = adapter
                 .tensors
-                .insert("x.lora_a".to_owned(), floats(&[1], 1))
+                .insert("x.lora_a".to_owned(), floats(&[1], 1));
         },
         "x.lora_a",
     );

@@ -58,7 +58,7 @@ fn mola() -> TensorFile {
         let linear = format!("mola.layers.0.{linear}");
         let seed = file.tensors.len();
         let mut add = |name: String, shape: &[usize], seed| {
-            _ = file.tensors.insert(name, floats(shape, seed))
+            _ = file.tensors.insert(name, floats(shape, seed));
         };
         add(format!("{linear}.moe_gate.weight"), &[4, d_in], seed);
         for expert in 0..4 {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
 use crate::formats::mixture::adapter::MixtureAdapter;
-use crate::formats::mixture::layer::MixtureLayer;
+use crate::formats::mixture::layer::{MixtureLayer, Part};
 use crate::formats::peft::{LoraPair, PeftAdapter, Target};
 use crate::layers::AdapterScale;
 use crate::tensor::Tensor;
@@ -28,8 +28,8 @@ impl MixtureAdapter {
                 MixtureLayer::MoeLora(_) | MixtureLayer::RotMole(_) => {
                     let [a, b] = ["lora_a", "lora_b"].map(|name| format!("{path}.{name}"));
                     [
-                        part(&self.tensors[&a], expert)?,
-                        part(&self.tensors[&b], expert)?,
+                        matrix_of(&self.tensors[&a], expert)?,
+                        matrix_of(&self.tensors[&b], expert)?,
                     ]
                 }
                 MixtureLayer::CoMol(_) => {
@@ -96,7 +96,7 @@ impl MixtureAdapter {
         let matrices = layer.parts()?;
         let of = |parameter: &str| {
             let part = matrices.iter().find(|part| part.parameter == parameter);
-            let name = part.map_or_else(|| format!("{path}.{parameter}"), |p| p.store_name());
+            let name = part.map_or_else(|| format!("{path}.{parameter}"), Part::store_name);
             let tensor = self.tensors.get(&name);
             tensor.ok_or(Error::UnknownName {
                 kind: "parameter",
@@ -126,7 +126,7 @@ impl MixtureAdapter {
 }
 
 /// The matrix of one expert.
-fn part(stacked: &Tensor, expert: usize) -> Result<Tensor> {
+fn matrix_of(stacked: &Tensor, expert: usize) -> Result<Tensor> {
     let dims = &stacked.shape().dims()[1..];
     let each = dims.iter().product::<usize>();
     let elements = stacked.to_f32()[expert * each..(expert + 1) * each].to_vec();

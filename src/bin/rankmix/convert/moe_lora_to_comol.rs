@@ -56,7 +56,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     };
     let (comol, report) = moe_lora_to_comol(&mixture, &conversion, |_| bar.inc(1))?;
     bar.finish_and_clear();
-    comol.write(output.path())?;
+    comol.write(output.place())?;
     output.report(&report)?;
     output.finish()?;
     let kind = mixture

@@ -72,7 +72,7 @@ impl OutputFolder {
     }
 
     /// Where to write.
-    pub(crate) fn path(&self) -> &Path {
+    pub(crate) fn place(&self) -> &Path {
         &self.temporary
     }
 
