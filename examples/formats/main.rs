@@ -1,16 +1,16 @@
-//! Adapters in the formats of others: a LoRA layer's matrices are written as a folder of PEFT and as a GGUF adapter, read back, merged into the weight
-//! underneath, and compared.
+//! Adapters in the formats of others and in ours: a LoRA layer's matrices are written as a folder of PEFT and as a GGUF adapter, read back, merged into the weight
+//! underneath, and compared; a RotMoLE layer in our layout, and one of its experts as a folder of PEFT.
 //!
 //! `cargo run --release --example formats -- OUT_DIR`
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rankmix::formats::{
-    GgufFile, GgufLora, GgufType, GgufValue, GgufWriter, LoraConfig, LoraPair, PeftAdapter, Target,
-    TensorFile,
+    GgufFile, GgufLora, GgufType, GgufValue, GgufWriter, LoraConfig, LoraPair, MixtureAdapter,
+    PeftAdapter, Target, TensorFile,
 };
-use rankmix::layers::{AdapterOptions, Linear, Lora};
+use rankmix::layers::{AdapterOptions, Linear, Lora, RotMole, Routing};
 use rankmix::{Device, Graph, Init, ParameterStore, Result, Tensor, TensorType};
 
 const LAYER: &str = "model.layers.0.self_attn.q_proj";
@@ -28,6 +28,32 @@ fn spread(dims: [usize; 2], seed: usize) -> Result<Tensor> {
 fn largest_difference(one: &Tensor, other: &Tensor) -> f32 {
     let pairs = one.to_f32().into_iter().zip(other.to_f32());
     pairs.map(|(x, y)| (x - y).abs()).fold(0.0, f32::max)
+}
+
+/// A mixture in our layout, and one of its experts as PEFT has it.
+fn mixture(folder: &Path) -> Result<()> {
+    let base = Linear::new(LAYER, D_IN, D_OUT);
+    let layer = RotMole::new(base, AdapterOptions::new(RANK, ALPHA), Routing::new(4, 2))?;
+    let mut graph = Graph::new();
+    let x = graph.input("x", TensorType::f32([16, D_IN]))?;
+    layer.forward(&mut graph, x)?;
+    let store = ParameterStore::new(&Device::cpu());
+    store.initialize(&graph, 1)?;
+    let name = format!("{LAYER}.lora_b");
+    let b = spread([4 * D_OUT, RANK], 3)?.to_f32();
+    store.insert(&name, &Tensor::f32([4, D_OUT, RANK], b)?)?;
+
+    let adapter = MixtureAdapter::from_store(&store, [layer.into()])?;
+    let path = folder.join("rotmole");
+    adapter.write(&path)?;
+    let read = MixtureAdapter::read(&path)?;
+    assert_eq!(read, adapter, "our layout gave something else back");
+    println!("{}: read back bit for bit", path.display());
+    let expert = read.expert(2)?;
+    let path = folder.join("rotmole-expert");
+    expert.write(&path)?;
+    println!("{}: one expert as LoRA", path.display());
+    Ok(())
 }
 
 fn main() -> Result<()> {
@@ -123,6 +149,7 @@ fn main() -> Result<()> {
         let metadata = BTreeMap::new();
         TensorFile { tensors, metadata }.write(folder.join(name))?;
     }
+    mixture(&folder)?;
     println!(
         "look at them: cargo run --release --features cli -- inspect {}",
         peft.display()

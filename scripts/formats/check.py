@@ -6,6 +6,7 @@ import sys
 
 import gguf
 import numpy
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -62,6 +63,22 @@ def read(folder):
     apart = numpy.abs(base + config["lora_alpha"] / config["r"] * b @ a - model).max()
     assert apart < 1e-5, apart
     print(f"  merged weight: {apart:.1e} apart")
+    read_mixture(folder)
+
+
+def read_mixture(folder):
+    """Our layout for mixtures, and one expert as a plain adapter."""
+    config = json.load(open(f"{folder}/rotmole/adapter_config.json"))
+    assert (config["peft_type"], config["format"], config["format_version"]) == ("ROTMOLE", "rankmix", 1), config
+    with safe_open(f"{folder}/rotmole/adapter_model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "rankmix", "format_version": "1"}, file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    assert tensors[f"{PREFIX}.moe_gate.weight"].shape == (4, 64)
+    assert tensors[f"{PREFIX}.rotation_gate.3.weight"].shape == (2, 64)
+    assert len(tensors) == 1 + 3 * 4, sorted(tensors)
+    expert = load_file(f"{folder}/rotmole-expert/adapter_model.safetensors")
+    for part in "AB":
+        same(f"expert as LoRA, {part}", expert[f"{PREFIX}.lora_{part}.weight"], tensors[f"{PREFIX}.experts.2.lora_{part}.weight"])
 
 
 def read_with_peft(folder):

@@ -1,6 +1,8 @@
 //! Models in safetensors, in one file or in several with an index, read one tensor at a time.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::OpenOptions;
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, TensorView};
@@ -18,7 +20,7 @@ const WHOLE: &str = "model.safetensors";
 /// The file that says in which of several files each tensor is.
 const INDEX: &str = "model.safetensors.index.json";
 /// The file of an adapter.
-const ADAPTER: &str = "adapter_model.safetensors";
+pub(crate) const ADAPTER: &str = "adapter_model.safetensors";
 
 /// An open model: where each tensor is. The files are mapped, so that only what is asked for is read.
 #[derive(Debug)]
@@ -215,10 +217,7 @@ impl Checkpoint {
     /// 0, [`Error::Limit`] if it has too many elements.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let entry = self.find(name)?;
-        let wrong = |reason: String| Error::Format {
-            path: self.files[entry.file].0.clone(),
-            reason: format!("tensor `{name}` at byte {}: {reason}", entry.start),
-        };
+        let wrong = |reason: String| self.wrong(name, &reason);
         let view = TensorView::new(entry.dtype, entry.shape.clone(), self.raw(name)?)
             .map_err(|error| wrong(error.to_string()))?;
         let data = elements(&view).ok_or_else(|| {
@@ -228,6 +227,48 @@ impl Checkpoint {
             ))
         })?;
         Tensor::new(entry.shape.as_slice().into(), data).map_err(|error| wrong(error.to_string()))
+    }
+
+    /// A tensor whose elements are all finite.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`], and [`Error::Format`] if an element is not finite.
+    pub(crate) fn finite_tensor(&self, name: &str) -> Result<Tensor> {
+        let tensor = self.tensor(name)?;
+        match tensor.first_not_finite() {
+            None => Ok(tensor),
+            Some(element) => Err(self.wrong(
+                name,
+                &format!("holds a NaN or an infinity (element {element})"),
+            )),
+        }
+    }
+
+    /// What is wrong with a tensor: an error that names it, its file and its place there.
+    pub(crate) fn wrong(&self, name: &str, reason: &str) -> Error {
+        match self.tensors.get(name) {
+            Some(entry) => Error::Format {
+                path: self.files[entry.file].0.clone(),
+                reason: format!("tensor `{name}` at byte {}: {reason}", entry.start),
+            },
+            None => Error::Format {
+                path: self.path(),
+                reason: format!("tensor `{name}`: {reason}"),
+            },
+        }
+    }
+
+    /// What is wrong with the file, or with the first of several.
+    pub(crate) fn fault(&self, reason: String) -> Error {
+        Error::Format {
+            path: self.path(),
+            reason,
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        let first = self.files.first();
+        first.map(|(path, _)| path.clone()).unwrap_or_default()
     }
 }
 
@@ -257,12 +298,41 @@ pub(crate) fn write(
         })
         .collect::<Result<Vec<_>>>()?;
     file::replace_at(path, |temporary| {
-        let metadata = (!metadata.is_empty()).then_some(metadata);
+        let entries = metadata.len();
+        let metadata = (entries > 0).then_some(metadata);
         match safetensors::serialize_to_file(views, metadata, temporary) {
-            Err(SafeTensorError::IoError(source)) => Err(source),
-            other => other.map_err(std::io::Error::other),
+            Err(SafeTensorError::IoError(source)) => return Err(source),
+            other => other.map_err(io::Error::other)?,
         }
+        if entries > 1 {
+            let mut file = OpenOptions::new().read(true).write(true).open(temporary)?;
+            order_metadata(&mut file)?;
+        }
+        Ok(())
     })
+}
+
+/// Puts the metadata of a safetensors file in the order of its keys: the safetensors crate writes it in an order that differs from run to run.
+pub(crate) fn order_metadata(file: &mut (impl Read + Write + Seek)) -> io::Result<()> {
+    let mut length = [0; 8];
+    file.rewind()?;
+    file.read_exact(&mut length)?;
+    let mut header = Vec::new();
+    Read::by_ref(file)
+        .take(u64::from_le_bytes(length))
+        .read_to_end(&mut header)?;
+    let mut object: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&header)?;
+    if let Some(serde_json::Value::Object(metadata)) = object.get_mut("__metadata__") {
+        metadata.sort_keys();
+    }
+    let mut ordered = serde_json::to_vec(&object)?;
+    if ordered.len() > header.len() {
+        return Err(io::Error::other("the ordered header is longer"));
+    }
+    // As it was, filled up with spaces.
+    ordered.resize(header.len(), b' ');
+    file.seek(SeekFrom::Start(8))?;
+    file.write_all(&ordered)
 }
 
 /// What is wrong with a safetensors file, with the tensor's name and the offset in the file.

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
+use std::io::Cursor;
 use std::path::Path;
 
 use half::{bf16, f16};
@@ -10,7 +11,7 @@ use safetensors::tensor::{Dtype, TensorView};
 
 use crate::error::{Error, Result};
 use crate::file;
-use crate::formats::checkpoint::explain;
+use crate::formats::checkpoint::{explain, order_metadata};
 use crate::graph::{MASTER, ParameterStore, Storage, rounds_to};
 use crate::tensor::{Tensor, TensorData};
 
@@ -98,12 +99,19 @@ impl TensorFile {
             .map(|(name, tensor)| Ok((name, view(tensor, path)?)))
             .collect::<Result<Vec<_>>>()?;
         let metadata: HashMap<String, String> = self.metadata.clone().into_iter().collect();
-        let bytes = safetensors::serialize(views, (!metadata.is_empty()).then_some(metadata))
-            .map_err(|error| Error::Format {
-                path: path.to_owned(),
-                reason: error.to_string(),
-            })?;
-        file::replace(path, &bytes)
+        let mut bytes = Cursor::new(
+            safetensors::serialize(views, (!metadata.is_empty()).then_some(metadata)).map_err(
+                |error| Error::Format {
+                    path: path.to_owned(),
+                    reason: error.to_string(),
+                },
+            )?,
+        );
+        order_metadata(&mut bytes).map_err(|source| Error::File {
+            path: path.to_owned(),
+            source,
+        })?;
+        file::replace(path, bytes.get_ref())
     }
 }
 

@@ -1,6 +1,7 @@
 //! CoMoL's soft merge (section 5 of the mathematics): `u[t] = sum_e g[t, e] M[e]ᵀ z[t]`, without a matrix a token in memory.
 
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use crate::device::{AdapterClass, Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
@@ -32,7 +33,8 @@ fn enough_invocations(class: AdapterClass) -> usize {
 
 /// In which order the soft merge is summed. The results are equal up to rounding; with S slots (the experts of a dense gate, or
 /// top-k) and rank r, both take S r² multiply-adds a token, and more as follows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum CoreMix {
     /// `Merge` if there are at least half as many slots as the rank, else `Apply`.
     #[default]

@@ -12,4 +12,6 @@ macro_rules! assert_damaged {
 
 mod checkpoint;
 mod gguf;
+mod mixture;
+mod moe_peft;
 mod peft;

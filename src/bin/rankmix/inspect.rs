@@ -1,16 +1,18 @@
 //! `rankmix inspect`.
 
+mod adapters;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use rankmix::Result;
-use rankmix::formats::{Checkpoint, GgufFile, GgufValue, PeftAdapter, Target};
+use rankmix::formats::{Checkpoint, GgufFile, GgufValue};
 
 /// What to look at.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// A safetensors or GGUF file, a model's index, or the folder of a model or of a LoRA adapter.
+    /// A safetensors or GGUF file, a model's index, or the folder of a model or of an adapter.
     path: PathBuf,
     /// List every tensor by itself, with its place in the file.
     #[arg(long)]
@@ -34,7 +36,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     {
         gguf(path, options.all)?;
     } else if path.join("adapter_config.json").exists() {
-        adapter(path, options.all)?;
+        adapters::print(path, options.all)?;
     } else {
         model(path, options.all)?;
     }
@@ -118,64 +120,6 @@ fn model(path: &Path, all: bool) -> Result<()> {
         println!("  {key} = {value:?}");
     }
     print_rows(rows_of(&checkpoint), all);
-    Ok(())
-}
-
-fn adapter(path: &Path, all: bool) -> Result<()> {
-    let adapter = PeftAdapter::read(path)?;
-    let config = &adapter.config;
-    println!("{}: LoRA adapter of PEFT", path.display());
-    if let Some(base) = config.others.get("base_model_name_or_path") {
-        println!("  base model = {base}");
-    }
-    let over = if config.rank_stabilised {
-        "√rank"
-    } else {
-        "rank"
-    };
-    println!(
-        "  rank {}, alpha {}, scale alpha / {over}",
-        config.rank, config.alpha
-    );
-    for (what, count) in [
-        ("rank", config.rank_pattern.len()),
-        ("alpha", config.alpha_pattern.len()),
-    ] {
-        if count > 0 {
-            println!("  {} with another {what}", number(count, "pattern"));
-        }
-    }
-    for key in config.unknown_keys() {
-        eprintln!("rankmix: warning: the key `{key}` is not known; it is kept and has no effect");
-    }
-    let mut kinds: BTreeMap<String, Vec<&str>> = BTreeMap::new();
-    for (layer, pair) in &adapter.pairs {
-        let what = match pair.target {
-            Target::Linear => "linear",
-            Target::Embedding => "embedding",
-        };
-        let [d_in, d_out] = [pair.a.shape().last(), pair.b.shape().dims()[0]];
-        let kind = format!(
-            "{what} {d_in} to {d_out}, rank {}, scale {}",
-            pair.rank(),
-            pair.scale
-        );
-        kinds.entry(kind).or_default().push(layer);
-    }
-    for (kind, layers) in kinds {
-        let names: BTreeMap<String, usize> = counted(layers.iter().map(|layer| pattern(layer)));
-        for (name, count) in names {
-            println!("  {name} ({count}): {kind}");
-        }
-    }
-    if !adapter.others.is_empty() {
-        let others = number(adapter.others.len(), "tensor");
-        println!("  {others} of modules that were trained whole");
-    }
-    print_rows(
-        rows_of(&Checkpoint::open(path.join("adapter_model.safetensors"))?),
-        all,
-    );
     Ok(())
 }
 

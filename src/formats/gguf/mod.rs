@@ -4,6 +4,7 @@ mod blocks;
 mod read;
 mod write;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -216,6 +217,8 @@ pub struct GgufFile {
     bytes: FileBytes,
     metadata: Vec<(String, GgufValue)>,
     tensors: Vec<(String, GgufTensor)>,
+    /// The places of the tensors in the list, by their names.
+    places: HashMap<String, usize>,
 }
 
 /// The two matrices of one adapted weight, as a GGUF adapter holds them.
@@ -267,12 +270,11 @@ impl GgufFile {
     }
 
     fn find(&self, name: &str) -> Result<&GgufTensor> {
-        let mut found = self.tensors.iter().filter(|(other, _)| other == name);
-        let tensor = found.next().map(|(_, tensor)| tensor);
-        tensor.ok_or_else(|| Error::UnknownName {
+        let place = self.places.get(name).ok_or_else(|| Error::UnknownName {
             kind: "tensor",
             name: name.to_owned(),
-        })
+        })?;
+        Ok(&self.tensors[*place].1)
     }
 
     /// A tensor's bytes as they are in the file.

@@ -1,6 +1,6 @@
 //! The header of a GGUF file. Nothing is allocated by a length that the file gives before that many bytes are known to be there.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -176,10 +176,10 @@ pub(crate) fn parse(bytes: FileBytes, path: &Path) -> Result<GgufFile> {
         },
     };
     let mut tensors = Vec::new();
-    let mut names = HashSet::new();
-    for _ in 0..tensor_count {
+    let mut places = HashMap::new();
+    for place in 0..tensor_count {
         let (name, tensor) = tensor(&mut cursor, alignment)?;
-        if !names.insert(name.clone()) {
+        if places.insert(name.clone(), place).is_some() {
             return Err(cursor.wrong(&format!("tensor `{name}` is there twice")));
         }
         tensors.push((name, tensor));
@@ -190,6 +190,7 @@ pub(crate) fn parse(bytes: FileBytes, path: &Path) -> Result<GgufFile> {
         path: path.to_owned(),
         metadata,
         tensors,
+        places,
         bytes,
     })
 }
@@ -315,21 +316,19 @@ pub(crate) fn lora(file: &GgufFile) -> Result<(f32, Vec<GgufLora>)> {
     };
     let mut pairs = Vec::new();
     for (name, _) in file.tensors() {
-        if let Some(weight) = name.strip_suffix(".lora_b") {
-            let partner = format!("{weight}.lora_a");
-            if !file.tensors().iter().any(|(name, _)| *name == partner) {
-                return Err(wrong(format!("tensor `{name}` has no `{partner}`")));
-            }
-            continue;
-        }
-        let Some(weight) = name.strip_suffix(".lora_a") else {
+        let (a, b) = (name.strip_suffix(".lora_a"), name.strip_suffix(".lora_b"));
+        let Some(weight) = a.or(b) else {
             return Err(wrong(format!(
                 "tensor `{name}` is neither the lora_a nor the lora_b of a weight"
             )));
         };
-        let partner = format!("{weight}.lora_b");
-        if !file.tensors().iter().any(|(name, _)| *name == partner) {
+        let partner = format!("{weight}.{}", if a.is_some() { "lora_b" } else { "lora_a" });
+        if !file.places.contains_key(&partner) {
             return Err(wrong(format!("tensor `{name}` has no `{partner}`")));
+        }
+        // Each pair once, where its A is.
+        if b.is_some() {
+            continue;
         }
         let (a, b) = (file.tensor(name)?, file.tensor(&partner)?);
         match (a.shape().dims(), b.shape().dims()) {

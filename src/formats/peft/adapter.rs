@@ -8,16 +8,30 @@ use std::path::Path;
 use safetensors::tensor::Dtype;
 
 use crate::error::{Error, Result};
-use crate::formats::checkpoint::{self, Checkpoint, RawTensor};
+use crate::formats::checkpoint::{self, ADAPTER, Checkpoint, RawTensor};
 use crate::formats::peft::config::{CONFIG, LoraConfig};
 use crate::graph::ParameterStore;
 use crate::layers::AdapterOptions;
 use crate::tensor::Tensor;
 
-/// The file of an adapter's tensors.
-const MODEL: &str = "adapter_model.safetensors";
 /// What stands before the name of every layer.
-const PREFIX: &str = "base_model.model.";
+pub(crate) const PREFIX: &str = "base_model.model.";
+
+/// Opens the tensors of an adapter's folder.
+///
+/// # Errors
+/// [`Error::File`] if they are not there, [`Error::Format`] if they are damaged or a pickle.
+pub(crate) fn open_tensors(folder: &Path) -> Result<Checkpoint> {
+    let path = folder.join(ADAPTER);
+    let pickle = folder.join("adapter_model.bin");
+    if !path.exists() && pickle.exists() {
+        return Err(Error::Format {
+            path: pickle,
+            reason: "a pickle, which can run any code: save the adapter as safetensors".to_owned(),
+        });
+    }
+    Checkpoint::open(path)
+}
 
 /// What kind of layer a pair is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +67,12 @@ impl LoraPair {
     /// Rank and alpha for this crate's layers, whose scale is alpha / rank.
     #[must_use]
     pub fn options(&self) -> AdapterOptions {
-        AdapterOptions::new(self.rank(), (self.scale * self.rank() as f64) as f32)
+        AdapterOptions::new(self.rank(), self.alpha() as f32)
+    }
+
+    /// Alpha, where the scale is alpha / rank.
+    fn alpha(&self) -> f64 {
+        self.scale * self.rank() as f64
     }
 }
 
@@ -84,15 +103,48 @@ enum Part {
     Bias,
 }
 
+/// What is found of a pair.
 #[derive(Default)]
-struct Parts {
-    target: Option<Target>,
-    a: Option<Tensor>,
-    b: Option<Tensor>,
-    bias: Option<Tensor>,
+pub(crate) struct Parts {
+    pub(crate) target: Option<Target>,
+    pub(crate) a: Option<Tensor>,
+    pub(crate) b: Option<Tensor>,
+    pub(crate) bias: Option<Tensor>,
 }
 
 impl PeftAdapter {
+    /// An adapter of these pairs, with a configuration that gives each its rank and its scale.
+    #[must_use]
+    pub fn of_pairs(pairs: BTreeMap<String, LoraPair>) -> Self {
+        let mut config = LoraConfig::default();
+        if let Some(pair) = pairs.values().next() {
+            config.rank = pair.rank();
+            config.alpha = pair.alpha();
+        }
+        // A pattern is for the ends of names: the longest first, so that none is for a layer that has its own.
+        let mut layers: Vec<(&String, &LoraPair)> = pairs.iter().collect();
+        layers.sort_by_key(|(layer, _)| std::cmp::Reverse(layer.len()));
+        let ranks = layers.iter().map(|(_, pair)| pair.rank());
+        let different_ranks = ranks.clone().any(|rank| rank != config.rank);
+        let alphas = layers.iter().map(|(_, pair)| pair.alpha());
+        let different_alphas = alphas.clone().any(|alpha| alpha != config.alpha);
+        let names = layers.iter().map(|(layer, _)| regex::escape(layer));
+        if different_ranks {
+            config.rank_pattern = names.clone().zip(ranks).collect();
+        }
+        if different_alphas {
+            config.alpha_pattern = names.zip(alphas).collect();
+        }
+        let targets: Vec<&str> = pairs.keys().map(String::as_str).collect();
+        let targets = serde_json::Value::from(targets);
+        config.others.insert("target_modules".to_owned(), targets);
+        Self {
+            config,
+            pairs,
+            others: BTreeMap::new(),
+        }
+    }
+
     /// Reads an adapter's folder.
     ///
     /// # Errors
@@ -101,33 +153,19 @@ impl PeftAdapter {
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let config = LoraConfig::read(folder.join(CONFIG))?;
-        let path = folder.join(MODEL);
-        if !path.exists() && folder.join("adapter_model.bin").exists() {
-            return Err(Error::Format {
-                path: folder.join("adapter_model.bin"),
-                reason: "a pickle, which can run any code: save the adapter as safetensors"
-                    .to_owned(),
-            });
-        }
-        let checkpoint = Checkpoint::open(&path)?;
-        let wrong = |reason: String| Error::Format {
-            path: path.clone(),
-            reason,
-        };
+        Self::from_checkpoint(config, &open_tensors(folder)?)
+    }
+
+    /// The adapter of a configuration and an open file.
+    pub(crate) fn from_checkpoint(config: LoraConfig, checkpoint: &Checkpoint) -> Result<Self> {
+        let wrong = |reason: String| checkpoint.fault(reason);
         let mut parts: BTreeMap<String, Parts> = BTreeMap::new();
         let mut others = BTreeMap::new();
         for (name, _) in checkpoint.tensors() {
-            let tensor = checkpoint.tensor(name)?;
-            let finite = |tensor: &Tensor| tensor.to_f32().iter().position(|x| !x.is_finite());
-            if let Some(element) = finite(&tensor) {
-                return Err(wrong(format!(
-                    "tensor `{name}` holds a NaN or an infinity (element {element})"
-                )));
-            }
+            let tensor = checkpoint.finite_tensor(name)?;
             if name.contains(".lora_magnitude_vector") {
-                return Err(wrong(format!(
-                    "tensor `{name}`: the adapter is DoRA, which this release does not compute"
-                )));
+                let reason = "the adapter is DoRA, which this release does not compute";
+                return Err(checkpoint.wrong(name, reason));
             }
             let found = PARTS
                 .iter()
@@ -137,9 +175,8 @@ impl PeftAdapter {
                 continue;
             };
             let Some(layer) = layer.strip_prefix(PREFIX) else {
-                return Err(wrong(format!(
-                    "tensor `{name}` does not begin with {PREFIX}"
-                )));
+                let reason = format!("the name does not begin with {PREFIX}");
+                return Err(checkpoint.wrong(name, &reason));
             };
             let entry = parts.entry(layer.to_owned()).or_default();
             if entry.target.is_some_and(|other| other != target) {
@@ -158,10 +195,7 @@ impl PeftAdapter {
         let pairs = parts
             .into_iter()
             .map(|(layer, parts)| {
-                let pair = pair(&config, &layer, parts).map_err(|error| match error {
-                    Fault::Of(reason) => wrong(reason),
-                    Fault::Other(error) => error,
-                })?;
+                let pair = pair(&config, &layer, parts, checkpoint)?;
                 Ok((layer, pair))
             })
             .collect::<Result<_>>()?;
@@ -222,7 +256,7 @@ impl PeftAdapter {
             tensors.push(floats(name.clone(), tensor));
         }
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        checkpoint::write(&folder.join(MODEL), &tensors, metadata)?;
+        checkpoint::write(&folder.join(ADAPTER), &tensors, metadata)?;
         self.config.write(folder.join(CONFIG))
     }
 
@@ -243,7 +277,7 @@ impl PeftAdapter {
 }
 
 /// A tensor to be written in 32 bits.
-fn floats(name: String, tensor: &Tensor) -> RawTensor<'_> {
+pub(crate) fn floats(name: String, tensor: &Tensor) -> RawTensor<'_> {
     let bytes = match tensor.as_f32() {
         Some(floats) => Cow::Borrowed(bytemuck::cast_slice(floats)),
         None => Cow::Owned(bytemuck::cast_slice(&tensor.to_f32()).to_vec()),
@@ -256,68 +290,54 @@ fn floats(name: String, tensor: &Tensor) -> RawTensor<'_> {
     }
 }
 
-/// What is wrong with a pair, or with the configuration.
-enum Fault {
-    Of(String),
-    Other(Error),
-}
-
-impl From<Error> for Fault {
-    fn from(error: Error) -> Self {
-        Self::Other(error)
-    }
-}
-
-fn pair(config: &LoraConfig, layer: &str, parts: Parts) -> Result<LoraPair, Fault> {
-    let missing = |which: &str| Fault::Of(format!("`{layer}` has no {which}"));
-    let (Some(a), Some(b)) = (&parts.a, &parts.b) else {
-        return Err(missing(if parts.a.is_none() {
-            "lora_A"
-        } else {
-            "lora_B"
-        }));
+/// The pair of a layer, of a configuration and a file.
+pub(crate) fn pair(
+    config: &LoraConfig,
+    layer: &str,
+    parts: Parts,
+    checkpoint: &Checkpoint,
+) -> Result<LoraPair> {
+    let wrong = |reason: String| Err(checkpoint.fault(reason));
+    let Parts { target, a, b, bias } = parts;
+    let (a, b) = match (a, b) {
+        (Some(a), Some(b)) => (a, b),
+        (None, _) => return wrong(format!("`{layer}` has no lora_A")),
+        (_, None) => return wrong(format!("`{layer}` has no lora_B")),
     };
-    let shapes = [a, b].map(|tensor| tensor.shape().dims().to_vec());
-    let ([rank, _], [d_out, other]) = (shapes[0].as_slice(), shapes[1].as_slice()) else {
-        return Err(Fault::Of(format!(
-            "`{layer}`: lora_A {:?} and lora_B {:?} are no matrices; convolutions are not read",
-            shapes[0], shapes[1]
-        )));
+    let (&[rank, _], &[d_out, other]) = (a.shape().dims(), b.shape().dims()) else {
+        return wrong(format!(
+            "`{layer}`: lora_A {} and lora_B {} are no matrices; convolutions are not read",
+            a.shape(),
+            b.shape()
+        ));
     };
     if rank != other {
-        return Err(Fault::Of(format!(
-            "`{layer}`: lora_A {:?} and lora_B {:?} have different ranks",
-            shapes[0], shapes[1]
-        )));
+        return wrong(format!(
+            "`{layer}`: lora_A {} and lora_B {} have different ranks",
+            a.shape(),
+            b.shape()
+        ));
     }
     // Adapters of fused experts hold the ranks of all experts in one matrix.
     let expected = config.rank_of(layer)?;
-    let fused = config
-        .others
-        .get("target_parameters")
-        .is_some_and(|v| !v.is_null());
-    if *rank != expected && !(fused && rank.is_multiple_of(expected)) {
-        return Err(Fault::Of(format!(
+    if rank != expected && !(config.has_fused_experts() && rank.is_multiple_of(expected)) {
+        return wrong(format!(
             "`{layer}` has rank {rank}, the configuration says {expected}"
-        )));
+        ));
     }
-    if let Some(bias) = &parts.bias
-        && bias.shape().dims() != [*d_out]
+    if let Some(bias) = &bias
+        && bias.shape().dims() != [d_out]
     {
-        return Err(Fault::Of(format!(
-            "`{layer}`: the bias of lora_B is {:?}, expected [{d_out}]",
-            bias.shape().dims()
-        )));
+        return wrong(format!(
+            "`{layer}`: the bias of lora_B is {}, expected [{d_out}]",
+            bias.shape()
+        ));
     }
-    let scale = config.scale_of(layer)?;
-    match (parts.target, parts.a, parts.b) {
-        (Some(target), Some(a), Some(b)) => Ok(LoraPair {
-            target,
-            a,
-            b,
-            bias: parts.bias,
-            scale,
-        }),
-        _ => Err(missing("pair")),
-    }
+    Ok(LoraPair {
+        target: target.unwrap_or(Target::Linear),
+        a,
+        b,
+        bias,
+        scale: config.scale_of(layer)?,
+    })
 }

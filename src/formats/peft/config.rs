@@ -118,7 +118,7 @@ impl LoraConfig {
     #[must_use]
     pub fn unknown_keys(&self) -> Vec<&str> {
         let keys = self.others.keys().map(String::as_str);
-        keys.filter(|key| !WITHOUT_EFFECT.contains(key) && !CHECKED.contains(key))
+        keys.filter(|key| !without_effect(key) && !CHECKED.contains(key))
             .collect()
     }
 
@@ -198,6 +198,11 @@ impl LoraConfig {
     }
 }
 
+/// Whether PEFT has a key that changes nothing of what an adapter computes.
+pub(crate) fn without_effect(key: &str) -> bool {
+    WITHOUT_EFFECT.contains(&key)
+}
+
 /// Keys that are looked at and kept as they are.
 const CHECKED: [&str; 2] = ["use_dora", "init_lora_weights"];
 
@@ -227,7 +232,7 @@ fn first_match<T: Copy>(
 }
 
 /// The largest rank that is believed: beyond it a file is damaged.
-const MOST_RANK: u64 = 1 << 20;
+pub(crate) const MOST_RANK: u64 = 1 << 20;
 
 fn rank(key: &str, value: &Value) -> Result<usize, String> {
     match value.as_u64() {

@@ -6,5 +6,7 @@ mod experts;
 mod merge;
 
 pub use adapter::{LoraPair, PeftAdapter, Target};
+pub(crate) use adapter::{PREFIX, Parts, floats, open_tensors, pair};
 pub use config::LoraConfig;
+pub(crate) use config::{CONFIG, MOST_RANK, without_effect};
 pub use experts::{ExpertOrientation, FusedExperts};

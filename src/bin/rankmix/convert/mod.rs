@@ -1,0 +1,33 @@
+//! `rankmix convert`.
+
+mod loras_to_comol;
+mod moe_lora_to_comol;
+mod output;
+mod summary;
+
+use std::process::ExitCode;
+
+use rankmix::Result;
+
+/// What to make of what.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    /// Make several LoRA adapters the experts of one CoMoL adapter.
+    ///
+    /// Each LoRA becomes one core expert between an A and a B that all share. That loses nothing if the shared rank is large enough;
+    /// conversion.json in OUT_DIR says for each layer what the rank is, and what each expert has lost. The router starts at zero:
+    /// every token takes the mean of all LoRAs until it is trained.
+    LorasToComol(loras_to_comol::Options),
+    /// Make a MoE-LoRA adapter (or RotMoLE, without its rotations, or MoLA) a CoMoL adapter.
+    ///
+    /// The experts become core experts between an A and a B that all share; the routing stays what it is. That loses nothing if
+    /// the shared rank is large enough; conversion.json in OUT_DIR says for each layer what the rank is, and what each expert has lost.
+    MoeLoraToComol(moe_lora_to_comol::Options),
+}
+
+pub(crate) fn run(command: &Command) -> Result<ExitCode> {
+    match command {
+        Command::LorasToComol(options) => loras_to_comol::run(options),
+        Command::MoeLoraToComol(options) => moe_lora_to_comol::run(options),
+    }
+}

@@ -1,0 +1,5 @@
+//! Conversions of one kind of mixture into another.
+
+mod core;
+#[cfg(feature = "cli")]
+mod core_program;

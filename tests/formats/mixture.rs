@@ -1,0 +1,749 @@
+//! Our layout for mixtures of LoRA experts: round trips, exports, damage.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use rankmix::formats::{
+    Adapter, MixtureAdapter, MixtureKind, MixtureLayer, PeftAdapter, TensorFile,
+};
+use rankmix::layers::{
+    AdapterOptions, AdapterScale, Capacity, CoMol, CoreRouting, GateInput, Linear, Lora, MoeLora,
+    RotMole, Routing,
+};
+use rankmix::ops::{BalanceForm, CoreMix, DropPolicy, Rotation, Score};
+use rankmix::{Device, Error, Graph, ParameterStore, Tensor, TensorType, Value};
+
+const TOKENS: usize = 12;
+
+/// Numbers around 0 that are all different.
+fn floats(shape: &[usize], seed: usize) -> Tensor {
+    let count = shape.iter().product::<usize>();
+    let data = (0..count).map(|i| ((i + 31 * seed) as f32 * 0.618_034).fract() - 0.5);
+    Tensor::f32(shape, data.collect()).expect("as many numbers as the shape has elements")
+}
+
+fn forward(layer: &MixtureLayer, graph: &mut Graph, x: Value) -> Value {
+    match layer {
+        MixtureLayer::MoeLora(layer) => layer.forward(graph, x).map(|routed| routed.output),
+        MixtureLayer::RotMole(layer) => layer.forward(graph, x).map(|routed| routed.output),
+        MixtureLayer::CoMol(layer) => layer.forward(graph, x).map(|mixed| mixed.output),
+    }
+    .expect("a sound layer")
+}
+
+/// A graph of layers that all read the same input, and their outputs.
+fn graph(layers: &[MixtureLayer]) -> (Graph, Vec<Value>) {
+    let mut graph = Graph::new();
+    let mut outputs = Vec::new();
+    for layer in layers {
+        let name = format!("x of {}", layer.base().d_in);
+        let x = graph
+            .named(&name)
+            .or_else(|_| graph.input(&name, TensorType::f32([TOKENS, layer.base().d_in])));
+        let output = forward(layer, &mut graph, x.expect("an input"));
+        graph.output(output).expect("a value of the graph");
+        outputs.push(output);
+    }
+    (graph, outputs)
+}
+
+/// A store with numbers in every parameter, none of them zeros.
+fn filled(graph: &Graph) -> ParameterStore {
+    let store = ParameterStore::new(&Device::cpu());
+    for (seed, spec) in graph.parameters().iter().enumerate() {
+        let tensor = floats(spec.ty.dims(), seed + 1);
+        store.insert(&spec.name, &tensor).expect("memory");
+    }
+    store
+}
+
+fn run(graph: &Graph, outputs: &[Value], store: &ParameterStore) -> Vec<Tensor> {
+    let mut session = graph.compile(store).expect("a sound graph");
+    let inputs: BTreeSet<usize> = (1..100)
+        .filter(|d| graph.named(&format!("x of {d}")).is_ok())
+        .collect();
+    for d_in in inputs {
+        let x = floats(&[TOKENS, d_in], 77);
+        session.set(&format!("x of {d_in}"), &x).expect("an input");
+    }
+    session.run_reading(outputs).expect("a run")
+}
+
+/// Layers of one kind that differ in everything that layers can differ in.
+fn layers(kind: MixtureKind) -> Vec<MixtureLayer> {
+    let q = || Linear::new("model.layers.0.self_attn.q_proj", 10, 7);
+    let down = || Linear::new("model.layers.11.mlp.down_proj", 14, 10).with_bias();
+    let k = || Linear::new("model.layers.1.self_attn.k_proj", 10, 6);
+    let options = AdapterOptions::new(4, 6.5);
+    let mut stabilised = AdapterOptions::new(6, 0.1).with_dropout(0.05);
+    stabilised.scale = AdapterScale::RankStabilized;
+    let everything = Routing {
+        renormalize: false,
+        score: Score::Sigmoid,
+        scale: 2.5,
+        selection_bias: true,
+        jitter: 0.01,
+        capacity: Some(Capacity {
+            factor: 1.1,
+            drop: DropPolicy::Gate,
+        }),
+        balance: BalanceForm::HuggingFace,
+        ..Routing::new(5, 3)
+    };
+    let plain = Routing::new(3, 2);
+    match kind {
+        MixtureKind::MoeLora => vec![
+            MoeLora::new(q(), options, plain).expect("sound").into(),
+            MoeLora::new(down(), stabilised, everything)
+                .expect("sound")
+                .into(),
+        ],
+        MixtureKind::RotMole => {
+            let rotated = |base, options, routing, rotation, gate_input| {
+                RotMole::with_rotation(base, options, routing, rotation, gate_input).expect("sound")
+            };
+            vec![
+                rotated(q(), options, plain, Rotation::Planes, GateInput::Input).into(),
+                rotated(
+                    down(),
+                    stabilised,
+                    everything,
+                    Rotation::BrickWall { layers: 3 },
+                    GateInput::Latent,
+                )
+                .with_bounded_generator()
+                .into(),
+                rotated(
+                    k(),
+                    options,
+                    Routing::new(1, 1),
+                    Rotation::Cayley,
+                    GateInput::Static,
+                )
+                .into(),
+            ]
+        }
+        MixtureKind::CoMol => {
+            let comol = |base, options, experts| CoMol::new(base, options, experts).expect("sound");
+            vec![
+                comol(q(), options, 3)
+                    .sharing_a("model.layers.0.attention")
+                    .into(),
+                comol(
+                    Linear::new("model.layers.0.self_attn.v_proj", 10, 6),
+                    options,
+                    2,
+                )
+                .sharing_a("model.layers.0.attention")
+                .sharing_b("key.value")
+                .with_mix(CoreMix::Merge)
+                .into(),
+                comol(k(), options, 1)
+                    .sharing_b("key.value")
+                    .with_mix(CoreMix::Apply)
+                    .into(),
+                comol(down(), stabilised, 5)
+                    .with_routing(CoreRouting::Raw)
+                    .with_sparse_gate(everything)
+                    .expect("sound")
+                    .into(),
+            ]
+        }
+    }
+}
+
+fn adapter(kind: MixtureKind) -> MixtureAdapter {
+    let layers = layers(kind);
+    let store = filled(&graph(&layers).0);
+    let mut adapter = MixtureAdapter::from_store(&store, layers).expect("all parameters");
+    let base = "some/model".into();
+    adapter
+        .others
+        .insert("base_model_name_or_path".to_owned(), base);
+    adapter
+        .others
+        .insert("its_own_key".to_owned(), vec![1, 2].into());
+    adapter
+}
+
+#[test]
+fn parameters_are_those_that_the_layers_declare() {
+    for layer in MixtureKind::ALL.into_iter().flat_map(layers) {
+        let base = [".weight", ".bias"].map(|end| format!("{}{end}", layer.base().name));
+        let (graph, _) = graph(std::slice::from_ref(&layer));
+        let declared: BTreeMap<String, Vec<usize>> = graph
+            .parameters()
+            .iter()
+            .filter(|spec| !base.contains(&spec.name))
+            .map(|spec| (spec.name.clone(), spec.ty.dims().to_vec()))
+            .collect();
+        let said = layer.parameters().expect("a sound layer");
+        assert_eq!(
+            said.into_iter().collect::<BTreeMap<_, _>>(),
+            declared,
+            "{layer:?}"
+        );
+    }
+}
+
+#[test]
+fn layers_come_back_bit_for_bit_and_compute_the_same() {
+    for kind in MixtureKind::ALL {
+        let folder = tempfile::tempdir().expect("a folder of its own");
+        let written = layers(kind);
+        let (before, outputs) = graph(&written);
+        let store = filled(&before);
+        let expected = run(&before, &outputs, &store);
+        let adapter = MixtureAdapter::from_store(&store, written.clone()).expect("all parameters");
+        adapter
+            .write(folder.path())
+            .expect("a folder that can be written to");
+
+        let read = MixtureAdapter::read(folder.path()).expect("the folder just written");
+        assert_eq!(read, adapter);
+        assert_eq!(read.kind(), Some(kind));
+        // In the order that they were made in, as the file keeps them by name.
+        let built: Vec<MixtureLayer> = written
+            .iter()
+            .map(|layer| read.layers[&layer.base().name].clone())
+            .collect();
+        assert_eq!(built, written);
+        let (after, outputs) = graph(&built);
+        let second = ParameterStore::new(&Device::cpu());
+        for name in store.names() {
+            if name.ends_with(".weight") || name.ends_with(".bias") {
+                let tensor = store.read(&name).expect("a parameter");
+                second.insert(&name, &tensor).expect("memory");
+            }
+        }
+        read.load_into(&second).expect("parameters of these layers");
+        assert_eq!(second.names(), store.names());
+        assert_eq!(
+            run(&after, &outputs, &second),
+            expected,
+            "{kind} computes something else"
+        );
+
+        // Again, over what is there: the same bytes.
+        let files = ["adapter_config.json", "adapter_model.safetensors"];
+        let bytes = |name: &str| fs::read(folder.path().join(name)).expect("a file just written");
+        let before = files.map(bytes);
+        read.write(folder.path())
+            .expect("a folder that can be written to");
+        assert!(
+            files.map(bytes) == before,
+            "{kind}: a second round changes the files"
+        );
+    }
+}
+
+#[test]
+fn tensors_have_the_names_and_shapes_of_the_layout() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let shapes = |kind| {
+        adapter(kind)
+            .write(folder.path())
+            .expect("a folder that can be written to");
+        let path = folder.path().join("adapter_model.safetensors");
+        let file = TensorFile::read(path).expect("the file just written");
+        assert_eq!(file.metadata["format"], "rankmix");
+        assert_eq!(file.metadata["format_version"], "1");
+        let shape = |(name, tensor): (String, Tensor)| (name, tensor.shape().dims().to_vec());
+        file.tensors
+            .into_iter()
+            .map(shape)
+            .collect::<BTreeMap<_, _>>()
+    };
+    let q = "base_model.model.model.layers.0.self_attn.q_proj";
+    let rotated = shapes(MixtureKind::RotMole);
+    assert_eq!(rotated[&format!("{q}.moe_gate.weight")], [3, 10]);
+    assert_eq!(rotated[&format!("{q}.experts.2.lora_A.weight")], [4, 10]);
+    assert_eq!(rotated[&format!("{q}.experts.0.lora_B.weight")], [7, 4]);
+    assert_eq!(rotated[&format!("{q}.rotation_gate.1.weight")], [2, 10]);
+    let k = "base_model.model.model.layers.1.self_attn.k_proj";
+    assert_eq!(rotated[&format!("{k}.rotation_generator")], [1, 6]);
+    let down = "base_model.model.model.layers.11.mlp.down_proj";
+    assert_eq!(rotated[&format!("{down}.moe_gate.bias")], [5]);
+    let core = shapes(MixtureKind::CoMol);
+    assert_eq!(core[&format!("{q}.core")], [3, 4, 4]);
+    assert_eq!(core[&format!("{q}.moe_gate.weight")], [3, 4]);
+    assert_eq!(core[&format!("{down}.moe_gate.weight")], [5, 14]);
+    // Shared by two layers each, and in the file once.
+    let a = "base_model.model.model.layers.0.attention.lora_A.weight";
+    assert_eq!(core[a], [4, 10]);
+    assert_eq!(core["base_model.model.key.value.lora_B.weight"], [6, 4]);
+    assert!(!core.contains_key(&format!("{q}.lora_A.weight")));
+    assert_eq!(core.len(), 4 * 2 + 1 + 2 + 2 + 2);
+}
+
+#[test]
+fn keys_of_others_are_kept_and_the_kind_is_found() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let adapter = adapter(MixtureKind::RotMole);
+    adapter
+        .write(folder.path())
+        .expect("a folder that can be written to");
+    let read = MixtureAdapter::read(folder.path()).expect("the folder just written");
+    assert_eq!(read.unknown_keys(), ["its_own_key"]);
+    let any = Adapter::read(folder.path()).expect("the folder just written");
+    assert_eq!(any, Adapter::Mixture(adapter));
+    assert_damaged!(PeftAdapter::read(folder.path()), "ROTMOLE", "LORA");
+}
+
+/// What plain LoRA layers compute with the pairs of an adapter, on the weights of a store.
+fn run_lora(adapter: &PeftAdapter, layers: &[MixtureLayer], from: &ParameterStore) -> Vec<Tensor> {
+    let mut graph = Graph::new();
+    let mut outputs = Vec::new();
+    let store = ParameterStore::new(from.device());
+    for layer in layers {
+        let base = layer.base();
+        let name = format!("x of {}", base.d_in);
+        let x = graph
+            .named(&name)
+            .or_else(|_| graph.input(&name, TensorType::f32([TOKENS, base.d_in])));
+        let options = adapter.pairs[&base.name].options();
+        let lora = Lora::new(base.clone(), options).expect("sound");
+        let output = lora
+            .forward(&mut graph, x.expect("an input"))
+            .expect("sound");
+        graph.output(output).expect("a value of the graph");
+        outputs.push(output);
+        store
+            .share(&format!("{}.weight", base.name), from)
+            .expect("the same device");
+    }
+    adapter.load_into(&store).expect("pairs of these layers");
+    run(&graph, &outputs, &store)
+}
+
+fn largest_difference(one: &[Tensor], other: &[Tensor]) -> f32 {
+    let pairs = one.iter().zip(other);
+    let pairs = pairs.flat_map(|(one, other)| one.to_f32().into_iter().zip(other.to_f32()));
+    pairs.map(|(x, y)| (x - y).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn a_comol_of_one_expert_is_the_lora_that_it_exports() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let mut options = AdapterOptions::new(4, 6.5);
+    options.scale = AdapterScale::RankStabilized;
+    let q = CoMol::new(Linear::new("layers.0.q_proj", 10, 7), options, 1).expect("sound");
+    let k = CoMol::new(
+        Linear::new("layers.0.k_proj", 10, 6),
+        AdapterOptions::new(3, 3.0),
+        1,
+    )
+    .expect("sound");
+    let routing = Routing {
+        scale: 1.5,
+        ..Routing::new(1, 1)
+    };
+    let layers: Vec<MixtureLayer> =
+        vec![q.into(), k.with_sparse_gate(routing).expect("sound").into()];
+    let (graph, outputs) = graph(&layers);
+    let store = filled(&graph);
+    let expected = run(&graph, &outputs, &store);
+    let adapter = MixtureAdapter::from_store(&store, layers.clone()).expect("all parameters");
+    let lora = adapter.expert(0).expect("there is one");
+    lora.write(folder.path())
+        .expect("PEFT would compute the same");
+    let lora = PeftAdapter::read(folder.path()).expect("the folder just written");
+    let found = run_lora(&lora, &layers, &store);
+    let apart = largest_difference(&found, &expected);
+    assert!(apart < 1e-5, "{apart} apart");
+    let merged = adapter.merged_cores(&[1.0]).expect("one gate");
+    assert_eq!(merged, adapter.expert(0).expect("there is one"));
+    let adapter_alone = largest_difference(
+        &run(&graph, &outputs, &store),
+        &run_lora(&merged, &layers, &store),
+    );
+    assert!(adapter_alone < 1e-5);
+    assert!(matches!(
+        adapter.expert(1),
+        Err(Error::Setting {
+            setting: "expert",
+            ..
+        })
+    ));
+    assert!(matches!(
+        adapter.merged_cores(&[0.5, 0.5]),
+        Err(Error::Setting {
+            setting: "gates",
+            ..
+        })
+    ));
+}
+
+#[test]
+fn every_expert_of_a_mixture_is_the_lora_that_it_exports() {
+    // A bias for the choice sends every token to one expert.
+    let routing = Routing {
+        selection_bias: true,
+        scale: 0.75,
+        ..Routing::new(3, 1)
+    };
+    let base = |name| Linear::new(name, 10, 7);
+    let options = AdapterOptions::new(4, 6.5);
+    let planes = RotMole::new(base("layers.0.q_proj"), options, routing).expect("sound");
+    let plain = MoeLora::new(base("layers.0.q_proj"), options, routing).expect("sound");
+    let comol = CoMol::new(base("layers.0.q_proj"), options, 3).expect("sound");
+    for layer in [
+        MixtureLayer::from(planes),
+        plain.into(),
+        comol.with_sparse_gate(routing).expect("sound").into(),
+    ] {
+        let layers = [layer];
+        let (graph, outputs) = graph(&layers);
+        let store = filled(&graph);
+        if let Some(gate) = store.ty("layers.0.q_proj.rotation_gate") {
+            // What has no rotation is what it computes at rotation 0.
+            store
+                .insert("layers.0.q_proj.rotation_gate", &Tensor::zeros(&gate))
+                .expect("memory");
+        }
+        let adapter = MixtureAdapter::from_store(&store, layers.clone()).expect("all parameters");
+        for expert in 0..3 {
+            let mut bias = vec![0.0; 3];
+            bias[expert] = 100.0;
+            let bias = Tensor::f32([3], bias).expect("three numbers");
+            store
+                .insert("layers.0.q_proj.router_bias", &bias)
+                .expect("memory");
+            let lora = adapter.expert(expert).expect("one of three");
+            let expected = run(&graph, &outputs, &store);
+            let apart = largest_difference(&run_lora(&lora, &layers, &store), &expected);
+            assert!(
+                apart < 1e-5,
+                "expert {expert} of {:?}: {apart} apart",
+                layers[0].kind()
+            );
+        }
+        assert_eq!(
+            adapter.merged_cores(&[1.0; 3]).is_ok(),
+            layers[0].kind() == MixtureKind::CoMol
+        );
+    }
+}
+
+/// A folder with one of its tensors, or its configuration, changed.
+fn read_changed(
+    folder: &Path,
+    kind: MixtureKind,
+    change: impl FnOnce(&mut TensorFile),
+    config: impl FnOnce(String) -> String,
+) -> rankmix::Result<MixtureAdapter> {
+    adapter(kind)
+        .write(folder)
+        .expect("a folder that can be written to");
+    let path = folder.join("adapter_model.safetensors");
+    let mut file = TensorFile::read(&path).expect("the file just written");
+    change(&mut file);
+    file.write(&path).expect("a folder that can be written to");
+    let path = folder.join("adapter_config.json");
+    let text = fs::read_to_string(&path).expect("the file just written");
+    fs::write(&path, config(text)).expect("a folder that can be written to");
+    MixtureAdapter::read(folder)
+}
+
+#[test]
+fn damaged_tensors_are_refused_with_their_name_and_place() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let read = |change: &dyn Fn(&mut TensorFile)| {
+        read_changed(folder.path(), MixtureKind::RotMole, change, |text| text)
+    };
+    let q = "base_model.model.model.layers.0.self_attn.q_proj";
+    let set = |file: &mut TensorFile, end: &str, tensor: Tensor| {
+        _ = file.tensors.insert(format!("{q}.{end}"), tensor);
+    };
+    let remove = |end: &str| read(&|file| _ = file.tensors.remove(&format!("{q}.{end}")));
+    assert_damaged!(
+        remove("experts.2.lora_A.weight"),
+        "q_proj.experts.2.lora_A",
+        "missing"
+    );
+    assert_damaged!(
+        remove("experts.0.lora_B.weight"),
+        "q_proj.experts.0.lora_B",
+        "missing"
+    );
+    assert_damaged!(
+        remove("rotation_gate.1.weight"),
+        "q_proj.rotation_gate.1",
+        "missing"
+    );
+    assert_damaged!(remove("moe_gate.weight"), "q_proj", "no layer");
+    let shape = |end: &str, dims: &[usize]| read(&|file| set(file, end, floats(dims, 1)));
+    assert_damaged!(
+        shape("experts.1.lora_A.weight", &[5, 10]),
+        "q_proj.experts.1.lora_A.weight` at byte ",
+        "[5, 10]",
+        "[4, 10]"
+    );
+    assert_damaged!(
+        shape("experts.0.lora_A.weight", &[4, 10, 1]),
+        "experts.0.lora_A",
+        "no matrix"
+    );
+    // The widths are those of the first expert.
+    assert_damaged!(
+        shape("experts.0.lora_B.weight", &[8, 4]),
+        "experts.1.lora_B",
+        "[8, 4]"
+    );
+    assert_damaged!(
+        shape("moe_gate.weight", &[4, 10]),
+        "moe_gate",
+        "[4, 10]",
+        "[3, 10]"
+    );
+    assert_damaged!(
+        shape("rotation_gate.0.weight", &[2, 4]),
+        "rotation_gate.0",
+        "[2, 10]"
+    );
+    assert_damaged!(
+        shape("experts.3.lora_A.weight", &[4, 10]),
+        "experts.3.lora_A",
+        "no layer"
+    );
+    assert_damaged!(
+        shape("moe_gate.bias", &[3]),
+        "q_proj.moe_gate.bias",
+        "no layer"
+    );
+    assert_damaged!(
+        shape("lora_A.weight", &[4, 10]),
+        "q_proj.lora_A.weight",
+        "no layer"
+    );
+    let mut bad = floats(&[4, 10], 1).to_f32();
+    bad[7] = f32::NAN;
+    let bad = Tensor::f32([4, 10], bad).expect("forty numbers");
+    assert_damaged!(
+        read(&|file| set(file, "experts.1.lora_A.weight", bad.clone())),
+        "experts.1.lora_A",
+        "NaN",
+        "element 7"
+    );
+    assert_damaged!(
+        read(&|file| _ = file
+            .tensors
+            .insert("odd.moe_gate.weight".to_owned(), floats(&[3, 10], 1))),
+        "odd.moe_gate.weight",
+        "base_model.model."
+    );
+    for path in ["../../etc/passwd", "a..b", "a\\b", "/tmp/x"] {
+        let name = format!("base_model.model.{path}.moe_gate.weight");
+        let result = read(&|file| _ = file.tensors.insert(name.clone(), floats(&[3, 10], 1)));
+        assert_damaged!(result, "names with dots");
+    }
+    assert_damaged!(
+        read(&|file| file.tensors.clear()),
+        "layer_options",
+        "k_proj"
+    );
+    for (key, value) in [("format", "pt"), ("format_version", "2")] {
+        let result = read(&|file| _ = file.metadata.insert(key.to_owned(), value.to_owned()));
+        assert_damaged!(result, key, value);
+        let result = read(&|file| _ = file.metadata.remove(key));
+        assert_damaged!(result, key, "missing");
+    }
+    let path = folder.path().join("adapter_model.safetensors");
+    let bytes = fs::read(&path).expect("the file just written");
+    fs::write(&path, &bytes[..bytes.len() - 5]).expect("a folder that can be written to");
+    assert_damaged!(
+        MixtureAdapter::read(folder.path()),
+        "adapter_model.safetensors"
+    );
+    fs::remove_file(&path).expect("a file");
+    assert!(matches!(
+        MixtureAdapter::read(folder.path()),
+        Err(Error::File { .. })
+    ));
+    fs::write(folder.path().join("adapter_model.bin"), b"").expect("a folder");
+    assert_damaged!(MixtureAdapter::read(folder.path()), "pickle");
+}
+
+#[test]
+fn impossible_configurations_are_refused() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let read = |kind, from: &str, to: &str| {
+        read_changed(
+            folder.path(),
+            kind,
+            |_| (),
+            |text| {
+                assert!(text.contains(from), "`{from}` is not in {text}");
+                text.replacen(from, to, 1)
+            },
+        )
+    };
+    use MixtureKind::{CoMol, MoeLora, RotMole};
+    assert_damaged!(
+        read(RotMole, "\"format_version\": 1", "\"format_version\": 2"),
+        "format_version",
+        "2",
+        "1"
+    );
+    assert_damaged!(
+        read(
+            RotMole,
+            "\"format_version\": 1",
+            "\"format_version\": \"1\""
+        ),
+        "format_version",
+        "\"1\""
+    );
+    assert_damaged!(
+        read(RotMole, "\"rankmix\"", "\"another\""),
+        "another",
+        "rankmix"
+    );
+    assert_damaged!(read(RotMole, "\"ROTMOLE\"", "\"LORA\""), "LORA", "ROTMOLE");
+    assert_damaged!(read(RotMole, "\"ROTMOLE\"", "17"), "peft_type", "17");
+    assert_damaged!(
+        read(RotMole, "\"ROTMOLE\"", "\"MOE_LORA\""),
+        "rotation",
+        "MoE-LoRA"
+    );
+    assert_damaged!(
+        read(CoMol, "\"COMOL\"", "\"MOE_LORA\""),
+        "core_routing",
+        "MoE-LoRA"
+    );
+    assert_damaged!(
+        read(MoeLora, "\"MOE_LORA\"", "\"COMOL\""),
+        "lora_A",
+        "missing"
+    );
+    // Numbers that no file has: nothing is allocated by them.
+    for (key, value, word) in [
+        ("\"r\": 4", "\"r\": 1099511627776", "1099511627776"),
+        ("\"r\": 4", "\"r\": 1048576", "[1048576, 10]"),
+        ("\"r\": 4", "\"r\": 0", "rank"),
+        ("\"r\": 4", "\"r\": -4", "-4"),
+        ("\"r\": 4", "\"r\": 5", "q_proj"),
+        ("\"r\": 4", "\"q\": 4", "`r`"),
+        (
+            "\"num_experts\": 3",
+            "\"num_experts\": 18446744073709551615",
+            "18446744073709551615",
+        ),
+        (
+            "\"num_experts\": 3",
+            "\"num_experts\": 65536",
+            "[65536, 10]",
+        ),
+        ("\"num_experts\": 3", "\"num_experts\": 0", "experts"),
+        ("\"num_experts\": 3", "\"num_experts\": 4", "moe_gate"),
+        ("\"top_k\": 2", "\"top_k\": 4", "top_k"),
+        ("\"top_k\": 2", "\"top_k\": 0", "top_k"),
+        ("\"lora_alpha\": 6.5", "\"lora_alpha\": \"much\"", "much"),
+        ("\"lora_alpha\": 6.5", "\"lora_alpha\": 1e300", "alpha"),
+        ("\"lora_dropout\": 0.0", "\"lora_dropout\": 1.0", "dropout"),
+        ("\"planes\"", "\"spirals\"", "spirals"),
+        (
+            "\"balance\": \"switch\"",
+            "\"balances\": \"switch\"",
+            "balances",
+        ),
+        (
+            "\"layer_options\": {",
+            "\"layer_options\": {\"absent\": {},",
+            "absent",
+        ),
+        (
+            "\"layer_options\": {",
+            "\"layer_options\": 1, \"x\": {",
+            "layer_options",
+        ),
+        (
+            "\"base_bias\": true",
+            "\"base_bias\": true, \"extra\": 1",
+            "extra",
+        ),
+        ("\"base_bias\": true", "\"gate_of\": \"mlp\"", "gate_of"),
+    ] {
+        assert_damaged!(read(RotMole, key, value), word);
+    }
+    assert_damaged!(read(CoMol, "\"key.value\"", "\"../key\""), "../key");
+    // Two layers that share A and disagree about its rank.
+    let v_gate = "base_model.model.model.layers.0.self_attn.v_proj.moe_gate.weight";
+    let disagreeing = read_changed(
+        folder.path(),
+        CoMol,
+        |file| _ = file.tensors.insert(v_gate.to_owned(), floats(&[2, 3], 1)),
+        |text| text.replacen("\"num_experts\": 2", "\"r\": 3, \"num_experts\": 2", 1),
+    );
+    assert_damaged!(disagreeing, "0.attention.lora_a", "[4, 10]", "[3, 10]");
+    let config = folder.path().join("adapter_config.json");
+    fs::write(&config, "{\"peft_type\": \"COMOL\", ").expect("a folder");
+    assert_damaged!(
+        MixtureAdapter::read(folder.path()),
+        "adapter_config.json",
+        "line 1"
+    );
+    fs::write(&config, "[]").expect("a folder");
+    assert_damaged!(MixtureAdapter::read(folder.path()), "adapter_config.json");
+    assert_damaged!(Adapter::read(folder.path()), "adapter_config.json");
+}
+
+#[test]
+fn what_could_not_be_read_is_not_written() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let path = folder.path().join("out");
+    let refused = |change: &dyn Fn(&mut MixtureAdapter), word: &str| {
+        let mut changed = adapter(MixtureKind::MoeLora);
+        change(&mut changed);
+        let error = changed.write(&path).expect_err("this must be refused");
+        assert!(error.to_string().contains(word), "{error}");
+        assert!(
+            !path.exists(),
+            "a folder was made for what cannot be written"
+        );
+    };
+    let q = "model.layers.0.self_attn.q_proj";
+    refused(
+        &|adapter| _ = adapter.tensors.remove(&format!("{q}.router")),
+        "q_proj.router",
+    );
+    refused(
+        &|adapter| {
+            _ = adapter
+                .tensors
+                .insert(format!("{q}.lora_a"), floats(&[3, 4, 9], 1));
+        },
+        "[3, 4, 10]",
+    );
+    refused(
+        &|adapter| {
+            _ = adapter
+                .tensors
+                .insert("x.lora_a".to_owned(), floats(&[1], 1));
+        },
+        "x.lora_a",
+    );
+    refused(
+        &|adapter| {
+            let bad = Tensor::f32([3, 10], vec![f32::INFINITY; 30]).expect("thirty numbers");
+            _ = adapter.tensors.insert(format!("{q}.router"), bad);
+        },
+        "infinity",
+    );
+    refused(
+        &|adapter| {
+            let other = layers(MixtureKind::CoMol).remove(3);
+            _ = adapter.layers.insert(other.base().name.clone(), other);
+        },
+        "COMOL",
+    );
+    refused(
+        &|adapter| {
+            let layer = adapter.layers.remove(q).expect("a layer");
+            _ = adapter.layers.insert("another.name".to_owned(), layer);
+        },
+        "another.name",
+    );
+    refused(&|adapter| *adapter = MixtureAdapter::default(), "layers");
+}
