@@ -65,6 +65,13 @@ pub struct LatentLayer {
     pub expert_to_group: Vec<usize>,
 }
 
+impl MoeLayer {
+    /// The names of its experts' tensors; neither the router nor the shared expert is among them.
+    pub fn tensors(&self) -> impl Iterator<Item = &str> {
+        self.tensors.iter().map(String::as_str)
+    }
+}
+
 /// A path's parts, numbers as numbers, so that layer 10 comes behind layer 2.
 fn order(path: &str) -> Vec<(u64, String)> {
     path.split('.')
@@ -202,9 +209,10 @@ impl Scan<'_> {
             MoeLayout::Latent => self.latent(&mut layer)?,
             MoeLayout::Mixtral | MoeLayout::PerExpert => self.each(&mut layer)?,
         }
+        let known: BTreeSet<&str> = layer.tensors().collect();
         for rest in rests {
             let name = format!("{path}{EXPERTS}{rest}");
-            if !layer.tensors.contains(&name) {
+            if !known.contains(name.as_str()) {
                 return Err(self.wrong(format!(
                     "tensor `{name}` belongs to none of the {experts} experts that the router has"
                 )));
