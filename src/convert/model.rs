@@ -108,7 +108,7 @@ pub fn convert_model(
     let top_k = model.config().top_k()?;
     check(&model, options)?;
     let fingerprint = Fingerprint {
-        options: described(options)?,
+        options: described(options),
         source: identity_of(&model, options)?,
     };
     let replacement = Replacement {
@@ -130,8 +130,12 @@ pub fn convert_model(
     };
     let written = work.all(&shards)?;
     let records = work.records(&shards)?;
-    ModelWriter::new(stage.folder())
-        .write_index(&shards.iter().map(|shard| shard.file.clone()).collect::<Vec<_>>())?;
+    ModelWriter::new(stage.folder()).write_index(
+        &shards
+            .iter()
+            .map(|shard| shard.file.clone())
+            .collect::<Vec<_>>(),
+    )?;
     write_config(&model, options, &records, stage.folder())?;
     let generated = ["config.json", REPORT];
     let not_copied = copy_others(source, stage.folder(), model.checkpoint(), &generated)?;
@@ -150,7 +154,6 @@ pub fn convert_model(
     let report = ModelReport::new(records, not_copied, run);
     let mut document = json!({
         "conversion": "moe_to_latent",
-        "rankmix": env!("CARGO_PKG_VERSION"),
         "options": fingerprint.options,
         "source": fingerprint.source,
     });
@@ -171,19 +174,20 @@ fn json_of(what: &str, value: &impl Serialize) -> Result<Value> {
 }
 
 /// The options that decide what is written, as JSON.
-fn described(options: &ModelOptions) -> Result<Value> {
-    let mut described = json_of("options", &options.latent)?;
-    if let Some(object) = described.as_object_mut() {
-        let dtype = options.dtype.map(|dtype| format!("{dtype:?}"));
-        object.insert("dtype".to_owned(), json!(dtype));
-        object.insert(
-            "calibration".to_owned(),
-            json!(options.calibration.is_some()),
-        );
-        object.insert("layout_version".to_owned(), json!(LATENT_LAYOUT_VERSION));
-        object.insert("rankmix".to_owned(), json!(env!("CARGO_PKG_VERSION")));
-    }
-    Ok(described)
+fn described(options: &ModelOptions) -> Value {
+    let latent = &options.latent;
+    json!({
+        "groups": latent.groups,
+        "latent": latent.latent,
+        "rank": latent.rank,
+        "factored_down": latent.factored_down,
+        "group_by": format!("{:?}", latent.group_by),
+        "svd": format!("{:?}", latent.svd),
+        "calibration": options.calibration.is_some(),
+        "dtype": options.dtype.map(|dtype| format!("{dtype:?}")),
+        "layout_version": LATENT_LAYOUT_VERSION,
+        "rankmix": env!("CARGO_PKG_VERSION"),
+    })
 }
 
 fn identity_of(model: &MoeModel, options: &ModelOptions) -> Result<Value> {
@@ -204,7 +208,8 @@ fn check(model: &MoeModel, options: &ModelOptions) -> Result<()> {
         return Err(Error::Setting {
             setting: "model",
             value: folder(),
-            reason: "none of its layers is a mixture of experts of a layout that is read".to_owned(),
+            reason: "none of its layers is a mixture of experts of a layout that is read"
+                .to_owned(),
         });
     }
     if options.jobs == 0 {
@@ -230,7 +235,7 @@ fn check(model: &MoeModel, options: &ModelOptions) -> Result<()> {
         }
         options
             .latent
-            .check(layer.experts, layer.intermediate, layer.hidden)?;
+            .check([layer.experts, layer.intermediate, layer.hidden])?;
         let Some((file, path)) = calibration.as_ref().zip(options.calibration.as_ref()) else {
             continue;
         };
@@ -353,8 +358,7 @@ impl Work<'_> {
             source.experts(source.layer(&layer.path)?)?
         };
         let calibration = self.calibration(layer)?;
-        let (latent, report) =
-            convert_layer(&experts, calibration.as_ref(), &self.options.latent)?;
+        let (latent, report) = convert_layer(&experts, calibration.as_ref(), &self.options.latent)?;
         drop(experts);
         let record = LayerRecord {
             path: layer.path.clone(),
@@ -364,9 +368,7 @@ impl Work<'_> {
         let tensors = latent
             .named(&layer.path)?
             .into_iter()
-            .map(|matrix| {
-                OutputTensor::floats(matrix.name, &matrix.shape, matrix.elements, dtype)
-            })
+            .map(|matrix| OutputTensor::floats(matrix.name, &matrix.shape, matrix.elements, dtype))
             .collect::<Result<_>>()?;
         let metadata = BTreeMap::from([(RECORD.to_owned(), json_of(file, &record)?.to_string())]);
         ModelWriter::new(self.folder).write_shard(file, tensors, metadata)?;

@@ -80,8 +80,7 @@ impl ModelReport {
             layers.push(ConvertedLayer { path, report });
         }
         if totals.flops_before > 0 {
-            totals.expected_change =
-                totals.flops_after_expected / totals.flops_before as f64 - 1.0;
+            totals.expected_change = totals.flops_after_expected / totals.flops_before as f64 - 1.0;
         }
         if !not_copied.is_empty() {
             warnings.push(format!(

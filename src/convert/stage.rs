@@ -63,10 +63,7 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
 }
 
 fn refused(path: &Path, reason: impl Into<String>) -> Error {
-    at(path)(io::Error::new(
-        io::ErrorKind::AlreadyExists,
-        reason.into(),
-    ))
+    at(path)(io::Error::new(io::ErrorKind::AlreadyExists, reason.into()))
 }
 
 /// `path` with something behind its name.
@@ -126,9 +123,9 @@ fn resolved(path: &Path) -> Result<PathBuf> {
         .parent()
         .filter(|parent| !parent.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
-    let name = path.file_name().ok_or_else(|| {
-        refused(path, "this is no name of a folder that could be made")
-    })?;
+    let name = path
+        .file_name()
+        .ok_or_else(|| refused(path, "this is no name of a folder that could be made"))?;
     Ok(resolved(parent)?.join(name))
 }
 
@@ -164,7 +161,9 @@ impl Stage {
             if !out.is_dir() || !is_ours(&out)? {
                 return Err(refused(
                     &out,
-                    format!("there is no {REPORT} in it: what no conversion has made is not replaced"),
+                    format!(
+                        "there is no {REPORT} in it: what no conversion has made is not replaced"
+                    ),
                 ));
             }
         }
@@ -190,7 +189,9 @@ impl Stage {
             if !is_ours(&partial)? {
                 return Err(refused(
                     &partial,
-                    format!("there is no {REPORT} in it: what no conversion has made is not replaced"),
+                    format!(
+                        "there is no {REPORT} in it: what no conversion has made is not replaced"
+                    ),
                 ));
             }
             match found(&partial, fingerprint)? {

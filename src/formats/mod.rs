@@ -10,14 +10,14 @@ mod safetensors;
 
 pub use self::checkpoint::{Checkpoint, TensorEntry};
 pub use self::gguf::{GgufFile, GgufLora, GgufTensor, GgufType, GgufValue, GgufWriter};
-pub use self::model_writer::{ModelWriter, OutputTensor};
 #[cfg(feature = "convert")]
 pub(crate) use self::model_writer::write_json;
+pub use self::model_writer::{ModelWriter, OutputTensor};
 #[cfg(feature = "convert")]
 pub(crate) use self::moe::LATENT_KEY;
 pub use self::moe::{
-    LATENT_LAYOUT_VERSION, LatentConfig, LatentDown, LatentExperts, LatentLayer, MoeConfig, MoeExperts,
-    MoeLayer, MoeLayout, MoeModel, NamedMatrix, SharedMatrices,
+    LATENT_LAYOUT_VERSION, LatentConfig, LatentDown, LatentExperts, LatentLayer, MoeConfig,
+    MoeExperts, MoeLayer, MoeLayout, MoeModel, NamedMatrix, SharedMatrices,
 };
 pub use self::peft::{ExpertOrientation, FusedExperts, LoraConfig, LoraPair, PeftAdapter, Target};
 pub use self::safetensors::TensorFile;

@@ -23,12 +23,10 @@ impl<'a> OutputTensor<'a> {
     /// [`Error::UnknownName`] if it is not there.
     pub fn copied(checkpoint: &'a Checkpoint, name: &str) -> Result<Self> {
         let bytes = checkpoint.raw(name)?;
-        let entry = checkpoint
-            .entry(name)
-            .ok_or_else(|| Error::UnknownName {
-                kind: "tensor",
-                name: name.to_owned(),
-            })?;
+        let entry = checkpoint.entry(name).ok_or_else(|| Error::UnknownName {
+            kind: "tensor",
+            name: name.to_owned(),
+        })?;
         Ok(Self(RawTensor {
             name: name.to_owned(),
             dtype: entry.dtype,

@@ -216,10 +216,7 @@ impl MoeModel {
     /// [`Error::Format`] if a number is not finite.
     pub fn router_bias(&self, layer: &MoeLayer) -> Result<Option<Tensor>> {
         let name = format!("{}.{ROUTER_BIAS}", layer.path);
-        layer
-            .router_bias
-            .then(|| self.floats(&name))
-            .transpose()
+        layer.router_bias.then(|| self.floats(&name)).transpose()
     }
 
     /// The shared expert of a layer, if it has one.
@@ -231,9 +228,8 @@ impl MoeModel {
             return Ok(None);
         };
         let path = &layer.path;
-        let part = |part: &str| {
-            self.floats(&format!("{path}.{}.{part}_proj.weight", layer.shared_name))
-        };
+        let part =
+            |part: &str| self.floats(&format!("{path}.{}.{part}_proj.weight", layer.shared_name));
         let gate = format!("{path}.{SHARED_GATE}");
         let sigmoid_gate = shared.sigmoid_gate.then(|| self.floats(&gate));
         Ok(Some(SharedMatrices {

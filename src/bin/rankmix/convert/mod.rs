@@ -4,18 +4,17 @@ mod moe_to_latent;
 
 use std::process::ExitCode;
 
-use clap::Subcommand;
 use rankmix::Result;
 
-/// What to make out of what.
-#[derive(Debug, Subcommand)]
-pub(crate) enum Conversion {
+/// What to make of what.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
     /// Make the mixtures of experts of a model into latent experts, which share their projections by groups (MoLE).
     MoeToLatent(moe_to_latent::Options),
 }
 
-pub(crate) fn run(conversion: Conversion) -> Result<ExitCode> {
-    match conversion {
-        Conversion::MoeToLatent(options) => moe_to_latent::run(options),
+pub(crate) fn run(command: &Command) -> Result<ExitCode> {
+    match command {
+        Command::MoeToLatent(options) => moe_to_latent::run(options),
     }
 }

@@ -5,7 +5,10 @@ use std::process::ExitCode;
 
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
-use rankmix::convert::{GroupBy, LatentOptions, ModelOptions, ModelReport, Progress, convert_model};
+use rankmix::convert::{
+    GroupBy, LatentOptions, ModelOptions, ModelReport, Progress, SvdMethod, SvdPrecision,
+    convert_model,
+};
 use rankmix::formats::Dtype;
 use rankmix::{Error, Result};
 
@@ -15,6 +18,22 @@ enum Grouping {
     Id,
     /// Experts whose matrices read similar inputs.
     Similarity,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Svd {
+    /// All singular vectors.
+    Exact,
+    /// The leading ones only, from random directions: faster where the latent width is far below the stack's.
+    Randomized,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Precision {
+    /// 32 bits: faster, less memory; small singular values are lost.
+    F32,
+    /// 64 bits.
+    F64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -67,6 +86,12 @@ pub(crate) struct Options {
     /// experts: the error on these is made small, not that of the matrices.
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
+    /// How singular vectors are computed.
+    #[arg(long, value_enum, value_name = "HOW", default_value = "exact")]
+    svd: Svd,
+    /// What they are computed in.
+    #[arg(long, value_enum, value_name = "P", default_value = "f64")]
+    precision: Precision,
     /// What the new matrices are written in [default: what the layer had]
     #[arg(long, value_enum, value_name = "D")]
     dtype: Option<Written>,
@@ -92,6 +117,20 @@ impl Options {
         latent.group_by = match self.group_by {
             Grouping::Id => GroupBy::Id,
             Grouping::Similarity => GroupBy::Similarity,
+        };
+        latent.svd.precision = match self.precision {
+            Precision::F32 => SvdPrecision::F32,
+            Precision::F64 => SvdPrecision::F64,
+        };
+        latent.svd.method = match self.svd {
+            Svd::Exact => SvdMethod::Exact,
+            // As Halko, Martinsson and Tropp advise (arXiv 0909.4061, section 4): a few directions more, and two multiplications where singular
+            // values fall slowly.
+            Svd::Randomized => SvdMethod::Randomized {
+                oversampling: 16,
+                power_iterations: 2,
+                seed: 0,
+            },
         };
         let mut options = ModelOptions::new(latent);
         options.calibration.clone_from(&self.calibration);
@@ -155,7 +194,10 @@ fn print(report: &ModelReport) {
     .map(str::to_owned);
     let width = |column: usize| {
         let cells = rows.iter().chain([&head]);
-        cells.map(|row| row[column].chars().count()).max().unwrap_or(0)
+        cells
+            .map(|row| row[column].chars().count())
+            .max()
+            .unwrap_or(0)
     };
     let widths: Vec<usize> = (0..head.len()).map(width).collect();
     for row in [&head].into_iter().chain(&rows) {
@@ -188,7 +230,7 @@ fn print(report: &ModelReport) {
     }
 }
 
-pub(crate) fn run(options: Options) -> Result<ExitCode> {
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let bar = bar();
     let listener = |progress: Progress<'_>| match progress {
         Progress::Notice(text) => bar.suspend(|| eprintln!("rankmix: {text}")),
