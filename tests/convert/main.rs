@@ -1,0 +1,4 @@
+//! Conversions of one kind of mixture into another, on matrices and on files.
+
+mod latent;
+mod random;
