@@ -109,17 +109,6 @@ impl LatentOptions {
                 format!("must divide the {experts} experts into groups of one size"),
             ));
         }
-        let rows = experts / self.groups * intermediate;
-        let limit = rows.min(hidden);
-        if self.latent == 0 || self.latent > limit {
-            return Err(Error::setting(
-                "latent",
-                self.latent,
-                format!(
-                    "must be between 1 and {limit}: a group's stack has {rows} rows (experts times intermediate width) and {hidden} columns"
-                ),
-            ));
-        }
         let limit = intermediate.min(hidden);
         if let Some(rank) = self.rank
             && (rank == 0 || rank > limit)
@@ -129,6 +118,19 @@ impl LatentOptions {
                 rank,
                 format!(
                     "must be between 1 and {limit}: an expert's matrices are {intermediate} x {hidden}"
+                ),
+            ));
+        }
+        let each = self.rank.unwrap_or(intermediate);
+        let rows = experts / self.groups * each;
+        let limit = rows.min(hidden);
+        if self.latent == 0 || self.latent > limit {
+            return Err(Error::setting(
+                "latent",
+                self.latent,
+                format!(
+                    "must be between 1 and {limit}: a group's {} experts of rank {each} at most have {rows} rows together, of {hidden} columns",
+                    experts / self.groups
                 ),
             ));
         }

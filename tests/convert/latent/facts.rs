@@ -176,7 +176,8 @@ fn the_phases_of_a_truncation_are_reported_apart() {
     let (_, plain) = convert_layer(&experts, None, &LatentOptions::new(2, 8)).expect("it converts");
     assert!(full.errors.rank.unweighted < 1e-6);
     assert!((full.errors.whole.unweighted - plain.errors.whole.unweighted).abs() < 1e-6);
-    let (_, cut) = convert_layer(&experts, None, &with(3)).expect("it converts");
+    let options = LatentOptions { rank: Some(3), ..LatentOptions::new(2, 6) };
+    let (_, cut) = convert_layer(&experts, None, &options).expect("it converts");
     // Rank 3 of 8: by Eckart and Young's theorem what the singular values of each expert discard.
     let mut squares = [0.0; 2];
     for operator in [Operator::Gate, Operator::Up] {

@@ -24,6 +24,11 @@ fn options_that_do_not_fit_are_refused_with_the_limit() {
             "rank = 0",
             "between 1 and 4",
         ),
+        (
+            LatentOptions { rank: Some(2), ..LatentOptions::new(2, 7) },
+            "latent = 7",
+            "between 1 and 6",
+        ),
     ];
     for (options, setting, limit) in cases {
         let error = convert_layer(&experts, None, &options).expect_err("it does not fit");
