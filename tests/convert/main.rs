@@ -1,11 +1,5 @@
-//! Conversions between kinds of mixtures, and of whole models on disk.
+//! Conversions of one kind of mixture into another, on matrices and on files.
 
-/// Whole models, written by the tests themselves.
-mod model {
-    mod damaged;
-    mod families;
-    /// The program itself is started, and killed.
-    #[cfg(all(unix, feature = "cli"))]
-    mod killed;
-    mod written;
-}
+mod latent;
+mod model;
+mod random;
