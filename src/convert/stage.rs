@@ -16,7 +16,7 @@ use crate::formats::write_json;
 
 /// The report of a conversion; while it goes on, what it is a conversion of.
 pub(crate) const REPORT: &str = "conversion.json";
-/// What is behind the name of every file that is not whole yet.
+/// What is behind the name of everything that is not whole yet.
 const PARTIAL: &str = ".partial";
 
 /// What a conversion is of: equal options and an equal source give an equal folder.
@@ -82,9 +82,18 @@ fn names(folder: &Path) -> Result<Vec<std::ffi::OsString>> {
     Ok(names)
 }
 
-/// Whether a name is that of a file that was not whole when its writer was ended.
+/// Whether a name is one of those that files have before they are whole (`NAME.PROCESS-CALL.partial`).
 fn is_leftover(name: &OsStr) -> bool {
-    name.to_string_lossy().ends_with(PARTIAL)
+    let name = name.to_string_lossy();
+    let call = name
+        .strip_suffix(PARTIAL)
+        .and_then(|name| name.rsplit_once('.'))
+        .and_then(|(_, call)| call.split_once('-'));
+    call.is_some_and(|(process, call)| {
+        [process, call]
+            .iter()
+            .all(|part| part.bytes().all(|byte| byte.is_ascii_digit()))
+    })
 }
 
 /// Whether a conversion has made this folder, or nobody has put anything into it.
@@ -240,7 +249,6 @@ impl Stage {
     /// # Errors
     /// [`Error::File`] if that cannot be done.
     pub(crate) fn publish(self, report: &Value) -> Result<()> {
-        remove_leftovers(&self.partial)?;
         write_json(&self.partial.join(REPORT), report)?;
         if !self.out.exists() {
             return fs::rename(&self.partial, &self.out).map_err(at(&self.out));
@@ -309,10 +317,13 @@ fn differences(old: &Value, new: &Value) -> String {
     differing.collect::<Vec<_>>().join("; ")
 }
 
+/// Removes what a process that was ended has left half written, in the folders inside too.
 fn remove_leftovers(folder: &Path) -> Result<()> {
     for name in names(folder)? {
-        if is_leftover(&name) {
-            let path = folder.join(name);
+        let path = folder.join(&name);
+        if path.is_dir() {
+            remove_leftovers(&path)?;
+        } else if is_leftover(&name) {
             fs::remove_file(&path).map_err(at(&path))?;
         }
     }

@@ -5,4 +5,6 @@ mod families;
 /// The program itself is started, and killed.
 #[cfg(all(unix, feature = "cli"))]
 mod killed;
+#[cfg(feature = "cli")]
+mod program;
 mod written;
