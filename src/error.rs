@@ -109,8 +109,8 @@ pub enum Error {
         ignored: Option<i32>,
     },
 
-    /// Checked mode met a NaN or an infinity.
-    #[error("checked mode: {value} holds a NaN or an infinity (element {element})")]
+    /// Checked mode, or a conversion, met a NaN or an infinity.
+    #[error("{value} holds a NaN or an infinity (element {element})")]
     NotFinite {
         /// The value, by operation or name.
         value: String,

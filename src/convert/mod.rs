@@ -1,8 +1,27 @@
 //! Making one kind of mixture out of another: an MoE into latent experts, LoRAs into core experts, a dense feed-forward into an MoE.
 
+mod calibration;
 mod core;
+mod gaussian;
+mod grouping;
+mod latent;
+mod latent_report;
+mod model;
+mod model_report;
+mod plan;
+mod source;
+mod stack;
+mod stage;
+mod subspace;
 
 pub use self::core::{
     CoreExpertReport, CoreLayerReport, CoreReport, CoreRouter, DistillOptions, LoraOptions,
     loras_to_comol, moe_lora_to_comol,
 };
+pub use calibration::Calibration;
+pub use latent::{GroupBy, LatentOptions, SvdMethod, SvdOptions, SvdPrecision, convert_layer};
+pub use latent_report::{
+    ActiveCost, LayerReport, Operator, OperatorReport, Parameters, PhaseErrors, RelativeError,
+};
+pub use model::{Listener, ModelOptions, Progress, convert_model};
+pub use model_report::{ConvertedLayer, ModelReport, RunFacts, Totals};

@@ -18,7 +18,7 @@ use crate::tensor::Tensor;
 /// The file of a model that is in one.
 const WHOLE: &str = "model.safetensors";
 /// The file that says in which of several files each tensor is.
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 /// The file of an adapter.
 pub(crate) const ADAPTER: &str = "adapter_model.safetensors";
 
@@ -273,6 +273,7 @@ impl Checkpoint {
 }
 
 /// A tensor to be written: its name, the type of its elements, its extents and its bytes.
+#[derive(Debug)]
 pub(crate) struct RawTensor<'a> {
     pub(crate) name: String,
     pub(crate) dtype: Dtype,

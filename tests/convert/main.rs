@@ -1,5 +1,8 @@
-//! Conversions of one kind of mixture into another.
+//! Conversions of one kind of mixture into another, on matrices and on files.
 
 mod core;
 #[cfg(feature = "cli")]
 mod core_program;
+mod latent;
+mod model;
+mod random;

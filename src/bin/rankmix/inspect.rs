@@ -1,6 +1,7 @@
 //! `rankmix inspect`.
 
 mod adapters;
+mod mixtures;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -120,6 +121,7 @@ fn model(path: &Path, all: bool) -> Result<()> {
         println!("  {key} = {value:?}");
     }
     print_rows(rows_of(&checkpoint), all);
+    mixtures::print(path);
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 
 mod loras_to_comol;
 mod moe_lora_to_comol;
+mod moe_to_latent;
 mod output;
 mod summary;
 
@@ -23,11 +24,14 @@ pub(crate) enum Command {
     /// The experts become core experts between an A and a B that all share; the routing stays what it is. That loses nothing if
     /// the shared rank is large enough; conversion.json in OUT_DIR says for each layer what the rank is, and what each expert has lost.
     MoeLoraToComol(moe_lora_to_comol::Options),
+    /// Make the mixtures of experts of a model into latent experts, which share their projections by groups (MoLE).
+    MoeToLatent(moe_to_latent::Options),
 }
 
 pub(crate) fn run(command: &Command) -> Result<ExitCode> {
     match command {
         Command::LorasToComol(options) => loras_to_comol::run(options),
         Command::MoeLoraToComol(options) => moe_lora_to_comol::run(options),
+        Command::MoeToLatent(options) => moe_to_latent::run(options),
     }
 }

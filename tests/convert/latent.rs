@@ -1,0 +1,7 @@
+//! An MoE into latent experts.
+
+mod calibration;
+mod facts;
+mod grouping;
+mod layer;
+mod mistakes;
