@@ -82,9 +82,16 @@ fn names(folder: &Path) -> Result<Vec<std::ffi::OsString>> {
     Ok(names)
 }
 
-/// Whether a name is one of those that files have before they are whole (`NAME.PROCESS-CALL.partial`).
+/// Whether a name is one of those that files have before they are whole: ours, `NAME.PROCESS-CALL.partial`, or those of the safetensors crate, `.tmp` and
+/// six characters.
 fn is_leftover(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
+    let random = name.strip_prefix(".tmp");
+    if random.is_some_and(|random| {
+        random.len() == 6 && random.bytes().all(|byte| byte.is_ascii_alphanumeric())
+    }) {
+        return true;
+    }
     let call = name
         .strip_suffix(PARTIAL)
         .and_then(|name| name.rsplit_once('.'))
