@@ -277,6 +277,25 @@ fn a_narrow_basis_loses_what_the_report_says_whatever_the_split() {
 }
 
 #[test]
+fn a_narrow_basis_keeps_what_changes_the_weight_most() {
+    let mut loras = loras();
+    // By its scale, not by the size of its matrices.
+    loras[2].1.pairs.get_mut(Q).expect("a pair").scale = 300.0;
+    let options = LoraOptions {
+        rank: Some(5),
+        ..LoraOptions::default()
+    };
+    let (_, report) = convert(&loras, &options);
+    let q = report.layers.iter().find(|layer| layer.layer == Q);
+    let q = q.expect("a layer");
+    assert!(q.experts[2].relative_error < 0.01, "{q:?}");
+    assert!(
+        q.experts[0].relative_error > 0.5 && q.kept_energy_a > 0.99 && q.kept_energy_b > 0.99,
+        "{q:?}"
+    );
+}
+
+#[test]
 fn two_conversions_are_equal_bit_for_bit_and_report_every_layer() {
     let seen = Mutex::new(Vec::new());
     let loras = loras();

@@ -13,5 +13,6 @@ macro_rules! assert_damaged {
 mod checkpoint;
 mod gguf;
 mod mixture;
+mod mixture_damage;
 mod moe_peft;
 mod peft;
