@@ -77,11 +77,11 @@ pub(crate) fn shards(model: &MoeModel) -> Vec<Shard> {
 
 /// The type that a layer is written in.
 pub(crate) fn dtype_of(layer: &MoeLayer, chosen: Option<Dtype>) -> Dtype {
-    match (chosen, layer.dtype) {
-        (Some(dtype), _) => dtype,
-        (None, dtype @ (Dtype::F16 | Dtype::BF16)) => dtype,
-        (None, _) => Dtype::F32,
-    }
+    let kept = match layer.dtype {
+        dtype @ (Dtype::F16 | Dtype::BF16) => dtype,
+        _ => Dtype::F32,
+    };
+    chosen.unwrap_or(kept)
 }
 
 impl LatentWidths {

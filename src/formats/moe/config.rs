@@ -144,11 +144,10 @@ impl MoeConfig {
         let mut routing = Routing::new(experts, self.top_k()?);
         let score: Option<String> = self.typed("scoring_func")?;
         routing.score = match score.as_deref() {
-            Some("softmax") => Score::Softmax,
             Some("sigmoid") => Score::Sigmoid,
             // Only routers by sigmoids have such a bias.
             None if bias || family == "deepseek_v3" => Score::Sigmoid,
-            None => Score::Softmax,
+            Some("softmax") | None => Score::Softmax,
             Some(other) => {
                 return Err(self.wrong(format!(
                     "`scoring_func` = \"{other}\": softmax and sigmoid are computed"

@@ -118,8 +118,9 @@ impl Family {
         let keys = match self {
             Self::Mixtral => json!({"model_type": "mixtral", "num_local_experts": EXPERTS}),
             Self::Qwen2 => json!({"model_type": "qwen2_moe", "norm_topk_prob": false}),
-            Self::Qwen3 => json!({"model_type": "qwen3_moe", "norm_topk_prob": true}),
-            Self::Fused => json!({"model_type": "qwen3_moe", "norm_topk_prob": true}),
+            Self::Qwen3 | Self::Fused => {
+                json!({"model_type": "qwen3_moe", "norm_topk_prob": true})
+            }
             Self::Olmoe => json!({"model_type": "olmoe"}),
             Self::DeepSeekV2 => json!({
                 "model_type": "deepseek_v2", "norm_topk_prob": false, "routed_scaling_factor": 2.5,
