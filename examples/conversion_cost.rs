@@ -83,9 +83,17 @@ fn main() -> Result<()> {
     let latent = LatentOptions {
         rank: options.rank,
         factored_down: options.factored_down,
-        group_by: if options.similarity { GroupBy::Similarity } else { GroupBy::Id },
+        group_by: if options.similarity {
+            GroupBy::Similarity
+        } else {
+            GroupBy::Id
+        },
         svd: SvdOptions {
-            precision: if options.precision == "f32" { SvdPrecision::F32 } else { SvdPrecision::F64 },
+            precision: if options.precision == "f32" {
+                SvdPrecision::F32
+            } else {
+                SvdPrecision::F64
+            },
             method: if options.method == "exact" {
                 SvdMethod::Exact
             } else {

@@ -1,4 +1,5 @@
 //! Conversions of one kind of mixture into another, on matrices and on files.
 
+mod dense;
 mod latent;
 mod random;

@@ -27,11 +27,7 @@ impl Random {
 }
 
 /// `[rows, inner]` times `[inner, columns]`, row-major.
-pub(crate) fn product(
-    a: &[f64],
-    b: &[f64],
-    [rows, inner, columns]: [usize; 3],
-) -> Vec<f64> {
+pub(crate) fn product(a: &[f64], b: &[f64], [rows, inner, columns]: [usize; 3]) -> Vec<f64> {
     let mut out = vec![0.0; rows * columns];
     for row in 0..rows {
         for k in 0..inner {

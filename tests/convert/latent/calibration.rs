@@ -79,7 +79,10 @@ fn calibration_lowers_the_error_of_anisotropic_inputs_as_in_the_example() {
         aware_sum += square;
         let gate = report.operators[0].errors.whole;
         let reported = gate.weighted.expect("there is a calibration");
-        assert!((reported - measured).abs() < 1e-3, "{reported} is not {measured}");
+        assert!(
+            (reported - measured).abs() < 1e-3,
+            "{reported} is not {measured}"
+        );
         assert_eq!(report.calibration_tokens, Some(4000));
         assert!((1.0 - reported * reported - report.operators[0].kept_energy).abs() < 1e-4);
     }
@@ -94,16 +97,25 @@ fn a_singular_calibration_converts_and_keeps_other_inputs_alive() {
     // Three tokens for 24 hidden numbers, one of which is 0 always.
     let mut random = Random::new(7);
     let data: Vec<f32> = (0..3 * 24)
-        .map(|i| if i % 24 == 5 { 0.0 } else { random.next() as f32 })
+        .map(|i| {
+            if i % 24 == 5 {
+                0.0
+            } else {
+                random.next() as f32
+            }
+        })
         .collect();
     let tokens = Tensor::f32([3, 24], data).expect("the shape fits");
     let calibration = Calibration::from_activations(&tokens).expect("it is finite");
     let experts = random_experts(8, [4, 8, 24]);
-    let (latent, report) =
-        convert_layer(&experts, Some(&calibration), &LatentOptions::new(1, 8)).expect("it converts");
+    let (latent, report) = convert_layer(&experts, Some(&calibration), &LatentOptions::new(1, 8))
+        .expect("it converts");
     assert!(output_error(&experts, &latent, &tokens) < 1e-6);
     let whole = report.errors.whole;
-    assert!(whole.weighted.expect("there is a calibration") < 2e-3, "{whole:?}");
+    assert!(
+        whole.weighted.expect("there is a calibration") < 2e-3,
+        "{whole:?}"
+    );
     // Five dimensions are left over for what the tokens do not show: not as good as all eight, but far from nothing.
     assert!(whole.unweighted < 0.9, "{whole:?}");
 }
@@ -120,7 +132,11 @@ fn what_is_exact_without_calibration_is_exact_with_it() {
     let (_, report) = convert_layer(&experts, Some(&calibration), &options).expect("it converts");
     for operator in &report.operators {
         assert!(operator.errors.whole.unweighted <= 1e-5, "{operator:?}");
-        let weighted = operator.errors.whole.weighted.expect("there is a calibration");
+        let weighted = operator
+            .errors
+            .whole
+            .weighted
+            .expect("there is a calibration");
         assert!(weighted <= 1e-5, "{operator:?}");
     }
 }
@@ -136,12 +152,19 @@ fn factored_down_projections_are_weighted_by_what_the_experts_have_inside() {
     };
     // |(Wd - Bd Ad) h|² over all tokens and experts, by |Wd h|².
     let measured = |latent: &rankmix::formats::LatentExperts| {
-        let LatentDown::Factored { latent: shared, expert: own } = &latent.down else {
+        let LatentDown::Factored {
+            latent: shared,
+            expert: own,
+        } = &latent.down
+        else {
             panic!("the down projections are to be factored");
         };
         let (shared, own) = (shared.to_f64(), own.to_f64());
-        let (gate, up, down) =
-            (experts.gate.to_f64(), experts.up.to_f64(), experts.down.to_f64());
+        let (gate, up, down) = (
+            experts.gate.to_f64(),
+            experts.up.to_f64(),
+            experts.down.to_f64(),
+        );
         let x = tokens.to_f64();
         let (mut difference, mut of) = (0.0, 0.0);
         for expert in 0..4 {
@@ -161,8 +184,9 @@ fn factored_down_projections_are_weighted_by_what_the_experts_have_inside() {
                     })
                     .collect();
                 for row in 0..24 {
-                    let right: f64 =
-                        (0..8).map(|k| down[(expert * 24 + row) * 8 + k] * h[k]).sum();
+                    let right: f64 = (0..8)
+                        .map(|k| down[(expert * 24 + row) * 8 + k] * h[k])
+                        .sum();
                     let found: f64 = (0..8).map(|k| approximation[row * 8 + k] * h[k]).sum();
                     difference += (right - found).powi(2);
                     of += right * right;
@@ -175,7 +199,11 @@ fn factored_down_projections_are_weighted_by_what_the_experts_have_inside() {
     let (aware, report) =
         convert_layer(&experts, Some(&calibration), &options).expect("it converts");
     let (plain, aware) = (measured(&plain), measured(&aware));
-    let reported = report.operators[2].errors.whole.weighted.expect("there is a calibration");
+    let reported = report.operators[2]
+        .errors
+        .whole
+        .weighted
+        .expect("there is a calibration");
     assert!((reported - aware).abs() < 1e-3, "{reported} is not {aware}");
     assert!(aware < 0.95 * plain, "{aware} against {plain}");
 }

@@ -26,7 +26,11 @@ fn singular_values(experts: &MoeExperts, operator: Operator, members: &[usize]) 
     let data = tensor.to_f64();
     Mat::from_fn(members.len() * m, n, |row, column| {
         let (expert, row) = (members[row / m], row % m);
-        let inside = if transposed { column * m + row } else { row * n + column };
+        let inside = if transposed {
+            column * m + row
+        } else {
+            row * n + column
+        };
         data[expert * m * n + inside]
     })
     .singular_values()
@@ -52,7 +56,10 @@ fn a_planted_shared_subspace_is_recovered_at_its_width() {
     let experts = planted_experts(1, [6, 10, 24], &group_of, 7);
     for method in [SvdMethod::Exact, RANDOMIZED] {
         let options = LatentOptions {
-            svd: SvdOptions { method, ..SvdOptions::default() },
+            svd: SvdOptions {
+                method,
+                ..SvdOptions::default()
+            },
             ..factored(2, 7)
         };
         let (_, report) = convert_layer(&experts, None, &options).expect("it converts");
@@ -69,14 +76,16 @@ fn below_the_planted_width_the_error_is_what_the_singular_values_discard() {
     let group_of = [0, 0, 0, 1, 1, 1];
     let experts = planted_experts(2, [6, 10, 24], &group_of, 9);
     for latent in [1, 4, 8] {
-        let (_, report) =
-            convert_layer(&experts, None, &factored(2, latent)).expect("it converts");
+        let (_, report) = convert_layer(&experts, None, &factored(2, latent)).expect("it converts");
         for operator in &report.operators {
             let members: Vec<usize> = (0..6).filter(|&e| group_of[e] == operator.group).collect();
             let values = singular_values(&experts, operator.operator, &members);
             let expected = discarded(&values, latent);
             let found = operator.errors.whole.unweighted;
-            assert!((found - expected).abs() <= 1e-4 * expected, "{found} is not {expected}");
+            assert!(
+                (found - expected).abs() <= 1e-4 * expected,
+                "{found} is not {expected}"
+            );
             let kept = 1.0 - expected * expected;
             assert!((operator.kept_energy - kept).abs() < 1e-6, "{operator:?}");
         }
@@ -94,11 +103,18 @@ fn the_factors_that_are_returned_have_the_error_that_is_reported() {
         latent.gate_latent.to_f64(),
         latent.gate_expert.to_f64(),
     );
-    let LatentDown::Factored { latent: down_shared, expert: down_own } = &latent.down else {
+    let LatentDown::Factored {
+        latent: down_shared,
+        expert: down_own,
+    } = &latent.down
+    else {
         panic!("the down projections are to be factored");
     };
-    let (down, down_shared, down_own) =
-        (experts.down.to_f64(), down_shared.to_f64(), down_own.to_f64());
+    let (down, down_shared, down_own) = (
+        experts.down.to_f64(),
+        down_shared.to_f64(),
+        down_own.to_f64(),
+    );
     let mut squares = [[0.0; 2]; 2];
     for expert in 0..e {
         let group = latent.expert_to_group[expert];
@@ -123,12 +139,19 @@ fn the_factors_that_are_returned_have_the_error_that_is_reported() {
         }
     }
     for (operator, [difference, of]) in [Operator::Gate, Operator::Down].into_iter().zip(squares) {
-        let found: Vec<_> = report.operators.iter().filter(|o| o.operator == operator).collect();
+        let found: Vec<_> = report
+            .operators
+            .iter()
+            .filter(|o| o.operator == operator)
+            .collect();
         let values: Vec<f64> = found.iter().map(|o| o.errors.whole.unweighted).collect();
         let lowest = values.iter().copied().fold(f64::INFINITY, f64::min);
         let highest = values.iter().copied().fold(0.0, f64::max);
         let here = (difference / of).sqrt();
-        assert!((lowest..=highest).contains(&here), "{here} is not within {values:?}");
+        assert!(
+            (lowest..=highest).contains(&here),
+            "{here} is not within {values:?}"
+        );
         assert!(lowest > 0.1);
     }
 }
@@ -139,7 +162,10 @@ fn mean_squares(rank: Option<usize>) -> [f64; 2] {
     let mut sums = [0.0; 2];
     for seed in 0..LAYERS {
         let experts = random_experts(1000 + seed, [4, 8, 24]);
-        let options = LatentOptions { rank, ..LatentOptions::new(1, 8) };
+        let options = LatentOptions {
+            rank,
+            ..LatentOptions::new(1, 8)
+        };
         let (_, report) = convert_layer(&experts, None, &options).expect("it converts");
         sums[0] += report.errors.without_refit.unweighted.powi(2);
         sums[1] += report.errors.whole.unweighted.powi(2);
@@ -161,7 +187,10 @@ fn truncation_before_costs_what_the_example_says_and_refitting_wins_most_of_it_b
     ] {
         let found = mean_squares(Some(rank));
         for (found, expected) in found.into_iter().zip(expected) {
-            assert!((found - expected).abs() < 0.02, "rank {rank}: {found} is not {expected}");
+            assert!(
+                (found - expected).abs() < 0.02,
+                "rank {rank}: {found} is not {expected}"
+            );
         }
         assert!(found[1] < found[0] && found[0] > last[0] && found[1] > last[1]);
         last = found;
@@ -171,12 +200,18 @@ fn truncation_before_costs_what_the_example_says_and_refitting_wins_most_of_it_b
 #[test]
 fn the_phases_of_a_truncation_are_reported_apart() {
     let experts = random_experts(4, [4, 8, 24]);
-    let with = |rank| LatentOptions { rank: Some(rank), ..LatentOptions::new(2, 8) };
+    let with = |rank| LatentOptions {
+        rank: Some(rank),
+        ..LatentOptions::new(2, 8)
+    };
     let (_, full) = convert_layer(&experts, None, &with(8)).expect("it converts");
     let (_, plain) = convert_layer(&experts, None, &LatentOptions::new(2, 8)).expect("it converts");
     assert!(full.errors.rank.unweighted < 1e-6);
     assert!((full.errors.whole.unweighted - plain.errors.whole.unweighted).abs() < 1e-6);
-    let options = LatentOptions { rank: Some(3), ..LatentOptions::new(2, 6) };
+    let options = LatentOptions {
+        rank: Some(3),
+        ..LatentOptions::new(2, 6)
+    };
     let (_, cut) = convert_layer(&experts, None, &options).expect("it converts");
     // Rank 3 of 8: by Eckart and Young's theorem what the singular values of each expert discard.
     let mut squares = [0.0; 2];
@@ -210,7 +245,10 @@ fn the_published_models_lose_the_published_part_of_their_experts() {
         let (latent, report) =
             convert_layer(&experts, None, &LatentOptions::new(g, m)).expect("it converts");
         let elements = |tensors: &[&rankmix::Tensor]| {
-            tensors.iter().map(|t| t.shape().elements() as u64).sum::<u64>()
+            tensors
+                .iter()
+                .map(|t| t.shape().elements() as u64)
+                .sum::<u64>()
         };
         let LatentDown::Whole(down) = &latent.down else {
             panic!("the down projections are to stay whole");
@@ -223,7 +261,10 @@ fn the_published_models_lose_the_published_part_of_their_experts() {
             down,
         ]);
         let before = elements(&[&experts.gate, &experts.up, &experts.down]);
-        assert_eq!((report.parameters.before, report.parameters.after), (before, after));
+        assert_eq!(
+            (report.parameters.before, report.parameters.after),
+            (before, after)
+        );
         let reduction = 1000.0 * (1.0 - after as f64 / before as f64);
         assert_eq!(reduction.round() as u64, tenths, "{reduction} for {dims:?}");
         assert!(report.warnings.is_empty());
@@ -246,11 +287,15 @@ fn a_layer_that_becomes_dearer_is_warned_of() {
     assert!((active.expected_change - 2.0 / 3.0).abs() < 1e-12);
 
     let experts = random_experts(7, [8, 4, 16]);
-    let (_, report) = convert_layer(&experts, None, &LatentOptions::new(2, 4)).expect("it converts");
+    let (_, report) =
+        convert_layer(&experts, None, &LatentOptions::new(2, 4)).expect("it converts");
     let active = report.with_top_k(3).active.expect("it was asked for");
     // 3 of 8 in two groups of 4: both unless all three are in one, 8 of 56.
     assert!((active.expected_active_groups - (2.0 - 8.0 / 56.0)).abs() < 1e-12);
-    assert_eq!(active.flops_after_least, 2 * 3 * 4 * 16 + 4 * 3 * 4 * 4 + 4 * 4 * 16);
+    assert_eq!(
+        active.flops_after_least,
+        2 * 3 * 4 * 16 + 4 * 3 * 4 * 4 + 4 * 4 * 16
+    );
 }
 
 fn bits(experts: &rankmix::formats::LatentExperts) -> Vec<u32> {
@@ -323,7 +368,10 @@ fn random_directions_come_close_to_all_singular_vectors() {
             report.errors.whole.unweighted
         };
         let (exact, random) = (with(SvdMethod::Exact), with(RANDOMIZED));
-        assert!(random >= exact * (1.0 - 1e-6), "{random} below the least, {exact}");
+        assert!(
+            random >= exact * (1.0 - 1e-6),
+            "{random} below the least, {exact}"
+        );
         assert!(random <= exact * (1.0 + bound), "{random} against {exact}");
     }
 }
@@ -343,7 +391,10 @@ fn tiny_huge_and_zero_weights_convert() {
         };
         for precision in [SvdPrecision::F32, SvdPrecision::F64] {
             let options = LatentOptions {
-                svd: SvdOptions { precision, ..SvdOptions::default() },
+                svd: SvdOptions {
+                    precision,
+                    ..SvdOptions::default()
+                },
                 ..factored(1, 8)
             };
             let error = |experts| {
@@ -351,7 +402,10 @@ fn tiny_huge_and_zero_weights_convert() {
                 report.errors.whole.unweighted
             };
             let (found, expected) = (error(&large), error(&experts));
-            assert!((found - expected).abs() < 1e-3 * expected, "{scale}: {found}, {expected}");
+            assert!(
+                (found - expected).abs() < 1e-3 * expected,
+                "{scale}: {found}, {expected}"
+            );
         }
     }
     let zeros = |dims: [usize; 3]| crate::random::tensor(dims, &vec![0.0; dims.iter().product()]);

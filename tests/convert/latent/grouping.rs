@@ -7,7 +7,8 @@ use crate::random::planted_experts;
 #[test]
 fn consecutive_experts_share_a_group_by_id() {
     let experts = planted_experts(1, [6, 4, 12], &[0; 6], 4);
-    let (latent, _) = convert_layer(&experts, None, &LatentOptions::new(3, 4)).expect("it converts");
+    let (latent, _) =
+        convert_layer(&experts, None, &LatentOptions::new(3, 4)).expect("it converts");
     assert_eq!(latent.expert_to_group, [0, 0, 1, 1, 2, 2]);
     assert_eq!(latent.members(), [[0, 1], [2, 3], [4, 5]]);
 }
@@ -30,7 +31,10 @@ fn similarity_finds_planted_groups_in_any_order() {
         assert_eq!(latent.expert_to_group, planted);
         assert_eq!(report.expert_to_group, planted);
         assert!(report.errors.whole.unweighted < 1e-5, "{:?}", report.errors);
-        let by_id = LatentOptions { group_by: GroupBy::Id, ..options };
+        let by_id = LatentOptions {
+            group_by: GroupBy::Id,
+            ..options
+        };
         let (_, report) = convert_layer(&experts, None, &by_id).expect("it converts");
         assert!(report.errors.whole.unweighted > 0.1, "{:?}", report.errors);
     }

@@ -79,7 +79,11 @@ fn at_full_latent_width_the_converted_layer_gives_what_the_source_gives() {
     let (e, m, n) = (6, 10, 16);
     let mut random = Random::new(3);
     let mut matrix = |rows, columns| {
-        let data = random.matrix(rows, columns).iter().map(|&x| x as f32).collect();
+        let data = random
+            .matrix(rows, columns)
+            .iter()
+            .map(|&x| x as f32)
+            .collect();
         Tensor::f32([rows, columns], data).expect("the shape fits")
     };
     let (tokens, router) = (matrix(TOKENS, n), matrix(e, n));
@@ -95,7 +99,10 @@ fn at_full_latent_width_the_converted_layer_gives_what_the_source_gives() {
         assert!(report.errors.whole.unweighted < 1e-6);
         let found = converted(&latent, &tokens, &router);
         for (found, expected) in found.iter().zip(&expected) {
-            assert!((found - expected).abs() <= 1e-5 * largest, "{found} is not {expected}");
+            assert!(
+                (found - expected).abs() <= 1e-5 * largest,
+                "{found} is not {expected}"
+            );
         }
         // Two dimensions less are seen in the output.
         let (latent, _) = convert_layer(&experts, None, &options(n - 2)).expect("it converts");

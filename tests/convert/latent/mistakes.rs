@@ -15,17 +15,26 @@ fn options_that_do_not_fit_are_refused_with_the_limit() {
         (LatentOptions::new(2, 11), "latent = 11", "between 1 and 10"),
         (LatentOptions::new(6, 5), "latent = 5", "4 rows"),
         (
-            LatentOptions { rank: Some(5), ..LatentOptions::new(2, 3) },
+            LatentOptions {
+                rank: Some(5),
+                ..LatentOptions::new(2, 3)
+            },
             "rank = 5",
             "4 x 10",
         ),
         (
-            LatentOptions { rank: Some(0), ..LatentOptions::new(2, 3) },
+            LatentOptions {
+                rank: Some(0),
+                ..LatentOptions::new(2, 3)
+            },
             "rank = 0",
             "between 1 and 4",
         ),
         (
-            LatentOptions { rank: Some(2), ..LatentOptions::new(2, 7) },
+            LatentOptions {
+                rank: Some(2),
+                ..LatentOptions::new(2, 7)
+            },
             "latent = 7",
             "between 1 and 6",
         ),
@@ -34,7 +43,10 @@ fn options_that_do_not_fit_are_refused_with_the_limit() {
         let error = convert_layer(&experts, None, &options).expect_err("it does not fit");
         assert!(matches!(error, Error::Setting { .. }), "{error:?}");
         let message = error.to_string();
-        assert!(message.contains(setting) && message.contains(limit), "{message}");
+        assert!(
+            message.contains(setting) && message.contains(limit),
+            "{message}"
+        );
     }
 }
 
@@ -72,9 +84,15 @@ fn a_calibration_that_says_nothing_is_refused() {
     let error = calibration(vec![8], vec![1.0; 8]).expect_err("no matrix");
     assert!(error.to_string().contains("[tokens, hidden]"), "{error}");
     let error = calibration(vec![2, 4], vec![0.0; 8]).expect_err("zeros");
-    assert!(error.to_string().contains("2 tokens of 4 numbers"), "{error}");
+    assert!(
+        error.to_string().contains("2 tokens of 4 numbers"),
+        "{error}"
+    );
     let error = calibration(vec![2, 2], vec![0.0, f32::NAN, 0.0, 1.0]).expect_err("NaN");
-    assert!(matches!(error, Error::NotFinite { element: 1, .. }), "{error:?}");
+    assert!(
+        matches!(error, Error::NotFinite { element: 1, .. }),
+        "{error:?}"
+    );
     let other = calibration(vec![2, 4], vec![1.0; 8]).expect("numbers");
     let experts = random_experts(1, [3, 4, 10]);
     let error =
