@@ -7,7 +7,12 @@ mod gaussian;
 mod grouping;
 mod latent;
 mod latent_report;
+mod model;
+mod model_report;
+mod plan;
+mod source;
 mod stack;
+mod stage;
 mod subspace;
 
 pub use calibration::Calibration;
@@ -18,3 +23,5 @@ pub use latent::{GroupBy, LatentOptions, SvdMethod, SvdOptions, SvdPrecision, co
 pub use latent_report::{
     ActiveCost, LayerReport, Operator, OperatorReport, Parameters, PhaseErrors, RelativeError,
 };
+pub use model::{Listener, ModelOptions, Progress, convert_model};
+pub use model_report::{ConvertedLayer, ModelReport, RunFacts, Totals};

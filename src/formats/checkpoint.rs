@@ -1,6 +1,8 @@
 //! Models in safetensors, in one file or in several with an index, read one tensor at a time.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::OpenOptions;
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, TensorView};
@@ -16,7 +18,7 @@ use crate::tensor::Tensor;
 /// The file of a model that is in one.
 const WHOLE: &str = "model.safetensors";
 /// The file that says in which of several files each tensor is.
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 /// The file of an adapter.
 const ADAPTER: &str = "adapter_model.safetensors";
 
@@ -232,6 +234,7 @@ impl Checkpoint {
 }
 
 /// A tensor to be written: its name, the type of its elements, its extents and its bytes.
+#[derive(Debug)]
 pub(crate) struct RawTensor<'a> {
     pub(crate) name: String,
     pub(crate) dtype: Dtype,
@@ -257,12 +260,41 @@ pub(crate) fn write(
         })
         .collect::<Result<Vec<_>>>()?;
     file::replace_at(path, |temporary| {
-        let metadata = (!metadata.is_empty()).then_some(metadata);
+        let entries = metadata.len();
+        let metadata = (entries > 0).then_some(metadata);
         match safetensors::serialize_to_file(views, metadata, temporary) {
-            Err(SafeTensorError::IoError(source)) => Err(source),
-            other => other.map_err(std::io::Error::other),
+            Err(SafeTensorError::IoError(source)) => return Err(source),
+            other => other.map_err(io::Error::other)?,
         }
+        if entries > 1 {
+            let mut file = OpenOptions::new().read(true).write(true).open(temporary)?;
+            order_metadata(&mut file)?;
+        }
+        Ok(())
     })
+}
+
+/// Puts the metadata of a safetensors file in the order of its keys: the safetensors crate writes it in an order that differs from run to run.
+pub(crate) fn order_metadata(file: &mut (impl Read + Write + Seek)) -> io::Result<()> {
+    let mut length = [0; 8];
+    file.rewind()?;
+    file.read_exact(&mut length)?;
+    let mut header = Vec::new();
+    Read::by_ref(file)
+        .take(u64::from_le_bytes(length))
+        .read_to_end(&mut header)?;
+    let mut object: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&header)?;
+    if let Some(serde_json::Value::Object(metadata)) = object.get_mut("__metadata__") {
+        metadata.sort_keys();
+    }
+    let mut ordered = serde_json::to_vec(&object)?;
+    if ordered.len() > header.len() {
+        return Err(io::Error::other("the ordered header is longer"));
+    }
+    // As it was, filled up with spaces.
+    ordered.resize(header.len(), b' ');
+    file.seek(SeekFrom::Start(8))?;
+    file.write_all(&ordered)
 }
 
 /// What is wrong with a safetensors file, with the tensor's name and the offset in the file.

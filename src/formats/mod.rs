@@ -3,13 +3,22 @@
 mod checkpoint;
 mod file_bytes;
 mod gguf;
+mod model_writer;
 mod moe;
 mod peft;
 mod safetensors;
 
 pub use self::checkpoint::{Checkpoint, TensorEntry};
 pub use self::gguf::{GgufFile, GgufLora, GgufTensor, GgufType, GgufValue, GgufWriter};
-pub use self::moe::{LatentDown, LatentExperts, MoeExperts};
+#[cfg(feature = "convert")]
+pub(crate) use self::model_writer::write_json;
+pub use self::model_writer::{ModelWriter, OutputTensor};
+#[cfg(feature = "convert")]
+pub(crate) use self::moe::LATENT_KEY;
+pub use self::moe::{
+    LATENT_LAYOUT_VERSION, LatentConfig, LatentDown, LatentExperts, LatentLayer, MoeConfig,
+    MoeExperts, MoeLayer, MoeLayout, MoeModel, NamedMatrix, SharedMatrices,
+};
 pub use self::peft::{ExpertOrientation, FusedExperts, LoraConfig, LoraPair, PeftAdapter, Target};
 pub use self::safetensors::TensorFile;
 pub(crate) use self::safetensors::read_bytes;

@@ -2,4 +2,5 @@
 
 mod dense;
 mod latent;
+mod model;
 mod random;

@@ -1,5 +1,7 @@
 //! `rankmix inspect`.
 
+mod mixtures;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -118,6 +120,7 @@ fn model(path: &Path, all: bool) -> Result<()> {
         println!("  {key} = {value:?}");
     }
     print_rows(rows_of(&checkpoint), all);
+    mixtures::print(path);
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! The `rankmix` program: what devices there are, whether they compute what they should, and how fast.
 
+mod convert;
 mod devices;
 mod inspect;
 mod replay;
@@ -28,6 +29,9 @@ enum Command {
     Devices,
     /// Say what is in a file or folder: tensors, shapes, element types, metadata, adapters.
     Inspect(inspect::Options),
+    /// Make one kind of mixture out of another.
+    #[command(subcommand)]
+    Convert(convert::Command),
     /// Replay golden cases and compare outputs and gradients. Exits with 1 if any fails.
     Replay(replay::Options),
     /// Time a layer, forward and forward plus backward.
@@ -104,6 +108,7 @@ fn main() -> ExitCode {
     let done = match Program::parse().command {
         Command::Devices => devices::run().map(|()| ExitCode::SUCCESS),
         Command::Inspect(options) => inspect::run(&options),
+        Command::Convert(command) => convert::run(&command),
         Command::Replay(options) => replay::run(&options),
         Command::Time(options) => time::run(&options),
         Command::Roofline(options) => roofline::run(&options),

@@ -1,5 +1,18 @@
 //! Checkpoints of mixtures of experts: the layouts of other projects, and ours of latent experts.
 
+mod config;
+mod latent;
+mod layout;
+mod load;
+mod model;
+mod scan;
 mod weights;
 
+#[cfg(feature = "convert")]
+pub(crate) use self::config::LATENT_KEY;
+pub use self::config::{LATENT_LAYOUT_VERSION, LatentConfig, MoeConfig};
+pub use self::latent::NamedMatrix;
+pub use self::layout::MoeLayout;
+pub use self::model::{MoeModel, SharedMatrices};
+pub use self::scan::{LatentLayer, MoeLayer};
 pub use self::weights::{LatentDown, LatentExperts, MoeExperts};

@@ -1,0 +1,20 @@
+//! `rankmix convert`.
+
+mod moe_to_latent;
+
+use std::process::ExitCode;
+
+use rankmix::Result;
+
+/// What to make of what.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    /// Make the mixtures of experts of a model into latent experts, which share their projections by groups (MoLE).
+    MoeToLatent(moe_to_latent::Options),
+}
+
+pub(crate) fn run(command: &Command) -> Result<ExitCode> {
+    match command {
+        Command::MoeToLatent(options) => moe_to_latent::run(options),
+    }
+}

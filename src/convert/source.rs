@@ -1,0 +1,107 @@
+//! What the source of a conversion is, and what of it is copied.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+use crate::file;
+use crate::formats::Checkpoint;
+
+/// Weights in other formats, which would still be those of the source.
+const OTHER_WEIGHTS: [&str; 9] = [
+    "safetensors",
+    "bin",
+    "pt",
+    "pth",
+    "gguf",
+    "h5",
+    "msgpack",
+    "onnx",
+    "ot",
+];
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::File {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// A file's name, size and time of its last change.
+fn facts(path: &Path) -> Result<Value> {
+    let metadata = fs::metadata(path).map_err(at(path))?;
+    // Some file systems keep no times; size and headers are left then.
+    let modified = metadata.modified().ok();
+    let since = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    Ok(json!({
+        "name": path.file_name().unwrap_or_default().to_string_lossy(),
+        "bytes": metadata.len(),
+        "modified": since.map(|since| format!("{}.{:09}", since.as_secs(), since.subsec_nanos())),
+    }))
+}
+
+/// What a model is told by: its files with their sizes and times, `others` among them, and a checksum of what tensors there are.
+pub(crate) fn identity(checkpoint: &Checkpoint, others: &[PathBuf]) -> Result<Value> {
+    let mut headers = crc32fast::Hasher::new();
+    for (name, entry) in checkpoint.tensors() {
+        headers.update(format!("{name} {:?} {:?}\n", entry.dtype, entry.shape).as_bytes());
+    }
+    let files = checkpoint.files().map(Path::to_owned);
+    let files = files
+        .chain(others.iter().cloned())
+        .map(|path| facts(&path))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(json!({ "files": files, "headers_crc32": headers.finalize() }))
+}
+
+/// Whether a file holds weights or says where they are.
+fn is_of_weights(name: &str) -> bool {
+    let extension = Path::new(name).extension().unwrap_or_default();
+    OTHER_WEIGHTS.iter().any(|other| extension == *other)
+        || name.ends_with(".safetensors.index.json")
+        || name.ends_with(".bin.index.json")
+}
+
+/// Copies what a model's folder holds beside its weights, folders in it too, except what `written` names; hidden files and folders are left. Returns
+/// the weights in other files that were not copied, for they are of the model as it was.
+pub(crate) fn copy_others(
+    from: &Path,
+    to: &Path,
+    checkpoint: &Checkpoint,
+    written: &[&str],
+) -> Result<Vec<String>> {
+    let mut left = Vec::new();
+    let mut entries = fs::read_dir(from)
+        .and_then(Iterator::collect::<io::Result<Vec<_>>>)
+        .map_err(at(from))?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let (path, name) = (entry.path(), entry.file_name());
+        let text = name.to_string_lossy();
+        if text.starts_with('.') || written.contains(&&*text) {
+            continue;
+        }
+        let target = to.join(&name);
+        if path.is_dir() {
+            fs::create_dir_all(&target).map_err(at(&target))?;
+            let inner = copy_others(&path, &target, checkpoint, &[])?;
+            left.extend(inner.into_iter().map(|inner| format!("{text}/{inner}")));
+            continue;
+        }
+        if is_of_weights(&text) {
+            let of_model = checkpoint.files().any(|file| file == path)
+                || text == "model.safetensors.index.json";
+            if !of_model {
+                left.push(text.into_owned());
+            }
+            continue;
+        }
+        let mut source = fs::File::open(&path).map_err(at(&path))?;
+        file::replace_by(&target, |file| io::copy(&mut source, file).map(|_| ()))?;
+    }
+    Ok(left)
+}

@@ -1,0 +1,363 @@
+//! A folder that is made beside its final name and takes it when it is whole.
+//!
+//! `OUT.partial` holds what is done so far and [`REPORT`], which says of what conversion; a run after one that was ended goes on in it. The end is one
+//! rename, or, over an old folder, one exchange of two names, so that whoever opens `OUT` finds the old folder or the whole new one.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+use crate::file;
+use crate::formats::write_json;
+
+/// The report of a conversion; while it goes on, what it is a conversion of.
+pub(crate) const REPORT: &str = "conversion.json";
+/// What is behind the name of everything that is not whole yet.
+const PARTIAL: &str = ".partial";
+
+/// What a conversion is of: equal options and an equal source give an equal folder.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Fingerprint {
+    pub(crate) options: Value,
+    pub(crate) source: Value,
+}
+
+impl Fingerprint {
+    fn of(report: &Value) -> Option<Self> {
+        Some(Self {
+            options: report.get("options")?.clone(),
+            source: report.get("source")?.clone(),
+        })
+    }
+}
+
+/// What may be done with what is there already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Replacement {
+    /// An output that is there is replaced.
+    pub(crate) overwrite: bool,
+    /// What another run has left unfinished is thrown away.
+    pub(crate) restart: bool,
+}
+
+/// The folder in the making.
+#[derive(Debug)]
+pub(crate) struct Stage {
+    out: PathBuf,
+    partial: PathBuf,
+    /// What was found of an earlier run, in words.
+    pub(crate) notice: Option<String>,
+    /// Held as long as the folder is written to.
+    _lock: Option<fs::File>,
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::File {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+fn refused(path: &Path, reason: impl Into<String>) -> Error {
+    at(path)(io::Error::new(io::ErrorKind::AlreadyExists, reason.into()))
+}
+
+/// `path` with something behind its name.
+fn beside(path: &Path, end: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(end);
+    name.into()
+}
+
+/// The names in a folder, in order.
+fn names(folder: &Path) -> Result<Vec<std::ffi::OsString>> {
+    let entries = fs::read_dir(folder).map_err(at(folder))?;
+    let names = entries.map(|entry| Ok(entry?.file_name()));
+    let mut names = names.collect::<io::Result<Vec<_>>>().map_err(at(folder))?;
+    names.sort();
+    Ok(names)
+}
+
+/// Whether a name is one of those that files have before they are whole (`NAME.PROCESS-CALL.partial`).
+fn is_leftover(name: &OsStr) -> bool {
+    let name = name.to_string_lossy();
+    let call = name
+        .strip_suffix(PARTIAL)
+        .and_then(|name| name.rsplit_once('.'))
+        .and_then(|(_, call)| call.split_once('-'));
+    call.is_some_and(|(process, call)| {
+        [process, call]
+            .iter()
+            .all(|part| part.bytes().all(|byte| byte.is_ascii_digit()))
+    })
+}
+
+/// Whether a conversion has made this folder, or nobody has put anything into it.
+fn is_ours(folder: &Path) -> Result<bool> {
+    Ok(folder.join(REPORT).is_file() || names(folder)?.iter().all(|name| is_leftover(name)))
+}
+
+/// Removes what is in a folder of a conversion, its report last: until then it can be told whose it is.
+fn clear(folder: &Path) -> Result<()> {
+    for name in names(folder)? {
+        let path = folder.join(&name);
+        if name == REPORT {
+            continue;
+        }
+        let kind = fs::symlink_metadata(&path).map_err(at(&path))?;
+        if kind.is_dir() {
+            fs::remove_dir_all(&path).map_err(at(&path))?;
+        } else {
+            fs::remove_file(&path).map_err(at(&path))?;
+        }
+    }
+    Ok(())
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    clear(folder)?;
+    fs::remove_dir_all(folder).map_err(at(folder))
+}
+
+/// A path without `..` and links, of something that need not be there yet.
+fn resolved(path: &Path) -> Result<PathBuf> {
+    if let Ok(resolved) = path.canonicalize() {
+        return Ok(resolved);
+    }
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let name = path
+        .file_name()
+        .ok_or_else(|| refused(path, "this is no name of a folder that could be made"))?;
+    Ok(resolved(parent)?.join(name))
+}
+
+impl Stage {
+    /// Begins a folder, or goes on with what another run has left of the same one. `source` is the folder that is read.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the output is there and may not be replaced, or is none of ours; if it lies in the source or the source in it; if
+    /// another process is at it; if what another run has left is of other options.
+    pub(crate) fn open(
+        out: &Path,
+        source: &Path,
+        fingerprint: &Fingerprint,
+        replacement: Replacement,
+    ) -> Result<Self> {
+        let out = resolved(out)?;
+        let source = source.canonicalize().map_err(at(source))?;
+        if out.starts_with(&source) || source.starts_with(&out) {
+            return Err(refused(&out, "the output and the source lie in each other"));
+        }
+        let previous = beside(&out, ".previous");
+        if previous.exists() && !out.exists() {
+            // A run was ended between the two renames of `publish`.
+            fs::rename(&previous, &out).map_err(at(&previous))?;
+        }
+        if out.exists() {
+            if !replacement.overwrite {
+                return Err(refused(
+                    &out,
+                    "the output is there already, and replaced only if that is asked for (`overwrite`)",
+                ));
+            }
+            if !out.is_dir() || !is_ours(&out)? {
+                return Err(refused(
+                    &out,
+                    format!(
+                        "there is no {REPORT} in it: what no conversion has made is not replaced"
+                    ),
+                ));
+            }
+        }
+        let partial = beside(&out, PARTIAL);
+        let mut stage = Self {
+            out,
+            partial,
+            notice: None,
+            _lock: None,
+        };
+        stage.begin(fingerprint, replacement)?;
+        Ok(stage)
+    }
+
+    fn begin(&mut self, fingerprint: &Fingerprint, replacement: Replacement) -> Result<()> {
+        let partial = self.partial.clone();
+        let is_new = !partial.exists();
+        if is_new {
+            fs::create_dir_all(&partial).map_err(at(&partial))?;
+        }
+        self._lock = locked(&partial)?;
+        if !is_new {
+            if !is_ours(&partial)? {
+                return Err(refused(
+                    &partial,
+                    format!(
+                        "there is no {REPORT} in it: what no conversion has made is not replaced"
+                    ),
+                ));
+            }
+            match found(&partial, fingerprint)? {
+                Found::Same => {
+                    self.notice = Some(format!("going on in {}", partial.display()));
+                    return remove_leftovers(&partial);
+                }
+                Found::OtherOptions(differences) if !replacement.restart => {
+                    return Err(refused(
+                        &partial,
+                        format!(
+                            "an unfinished conversion with other options ({differences}): finish it with those, or ask for a new start (`restart`)"
+                        ),
+                    ));
+                }
+                Found::OtherOptions(differences) => {
+                    self.notice = Some(format!("starting anew, with other options: {differences}"));
+                }
+                Found::OtherSource => {
+                    self.notice = Some(
+                        "starting anew: the source is not the one of the unfinished conversion"
+                            .to_owned(),
+                    );
+                }
+                Found::Finished | Found::Nothing => {}
+            }
+            clear(&partial)?;
+        }
+        write_json(
+            &partial.join(REPORT),
+            &json!({
+                "unfinished": true,
+                "options": fingerprint.options,
+                "source": fingerprint.source,
+            }),
+        )
+    }
+
+    /// The folder to write to.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.partial
+    }
+
+    /// Gives the folder its name, with this report in it. Where there was an old one, it is removed afterwards.
+    ///
+    /// # Errors
+    /// [`Error::File`] if that cannot be done.
+    pub(crate) fn publish(self, report: &Value) -> Result<()> {
+        write_json(&self.partial.join(REPORT), report)?;
+        if !self.out.exists() {
+            return fs::rename(&self.partial, &self.out).map_err(at(&self.out));
+        }
+        if exchanged(&self.partial, &self.out) {
+            return remove(&self.partial);
+        }
+        let previous = beside(&self.out, ".previous");
+        if previous.exists() {
+            remove(&previous)?;
+        }
+        fs::rename(&self.out, &previous).map_err(at(&self.out))?;
+        fs::rename(&self.partial, &self.out).map_err(at(&self.out))?;
+        remove(&previous)
+    }
+}
+
+/// What another run has left.
+enum Found {
+    Nothing,
+    Same,
+    OtherOptions(String),
+    OtherSource,
+    /// An old output whose place the new one has taken already.
+    Finished,
+}
+
+fn found(partial: &Path, fingerprint: &Fingerprint) -> Result<Found> {
+    let path = partial.join(REPORT);
+    if !path.exists() {
+        return Ok(Found::Nothing);
+    }
+    let text = file::read_text(&path)?;
+    let report: Value = serde_json::from_str(&text).map_err(|error| Error::Format {
+        path,
+        reason: error.to_string(),
+    })?;
+    let Some(other) = Fingerprint::of(&report) else {
+        return Ok(Found::Finished);
+    };
+    Ok(if other == *fingerprint {
+        Found::Same
+    } else if report.get("unfinished").is_none() {
+        Found::Finished
+    } else if other.options == fingerprint.options {
+        Found::OtherSource
+    } else {
+        Found::OtherOptions(differences(&other.options, &fingerprint.options))
+    })
+}
+
+/// What differs between two sets of options.
+fn differences(old: &Value, new: &Value) -> String {
+    let keys = |value: &Value| -> Vec<String> {
+        let object = value.as_object();
+        object.map_or_else(Vec::new, |object| object.keys().cloned().collect())
+    };
+    let mut all = keys(new);
+    all.extend(keys(old));
+    all.sort();
+    all.dedup();
+    let differing = all.into_iter().filter_map(|key| {
+        let [old, new] = [old, new].map(|options| options.get(&key).unwrap_or(&Value::Null));
+        (old != new).then(|| format!("{key} {old}, now {new}"))
+    });
+    differing.collect::<Vec<_>>().join("; ")
+}
+
+/// Removes what a process that was ended has left half written, in the folders inside too.
+fn remove_leftovers(folder: &Path) -> Result<()> {
+    for name in names(folder)? {
+        let path = folder.join(&name);
+        if path.is_dir() {
+            remove_leftovers(&path)?;
+        } else if is_leftover(&name) {
+            fs::remove_file(&path).map_err(at(&path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Two conversions at once in one folder would remove each other's files. The lock ends with the process, whatever ends it.
+#[cfg(unix)]
+fn locked(folder: &Path) -> Result<Option<fs::File>> {
+    let handle = fs::File::open(folder).map_err(at(folder))?;
+    match handle.try_lock() {
+        Ok(()) => Ok(Some(handle)),
+        Err(fs::TryLockError::WouldBlock) => {
+            Err(refused(folder, "another process is writing to it"))
+        }
+        // A file system without locks.
+        Err(fs::TryLockError::Error(_)) => Ok(None),
+    }
+}
+
+/// Folders cannot be opened here.
+#[cfg(not(unix))]
+fn locked(_folder: &Path) -> Result<Option<fs::File>> {
+    Ok(None)
+}
+
+/// Whether the two have exchanged their names, which not every system and file system can do in one step.
+#[cfg(any(target_os = "linux", target_vendor = "apple"))]
+fn exchanged(one: &Path, other: &Path) -> bool {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).is_ok()
+}
+
+#[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+fn exchanged(_one: &Path, _other: &Path) -> bool {
+    false
+}
