@@ -3,6 +3,8 @@
 mod calibration;
 mod clusters;
 mod dense;
+mod dense_model;
+mod dense_source;
 mod gaussian;
 mod grouping;
 mod latent;
@@ -19,6 +21,7 @@ pub use calibration::Calibration;
 pub use dense::{
     DenseFeedForward, DenseGates, DenseOptions, DenseReport, KeptOutput, normed_inputs, split_dense,
 };
+pub use dense_model::{DenseLayerReport, DenseModelOptions, convert_dense_model};
 pub use latent::{GroupBy, LatentOptions, SvdMethod, SvdOptions, SvdPrecision, convert_layer};
 pub use latent_report::{
     ActiveCost, LayerReport, Operator, OperatorReport, Parameters, PhaseErrors, RelativeError,

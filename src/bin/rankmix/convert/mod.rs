@@ -1,5 +1,6 @@
 //! `rankmix convert`.
 
+mod dense_to_moe;
 mod moe_to_latent;
 
 use std::process::ExitCode;
@@ -11,10 +12,13 @@ use rankmix::Result;
 pub(crate) enum Command {
     /// Make the mixtures of experts of a model into latent experts, which share their projections by groups (MoLE).
     MoeToLatent(moe_to_latent::Options),
+    /// Make the dense feed-forwards of a model into mixtures of experts.
+    DenseToMoe(dense_to_moe::Options),
 }
 
 pub(crate) fn run(command: &Command) -> Result<ExitCode> {
     match command {
         Command::MoeToLatent(options) => moe_to_latent::run(options),
+        Command::DenseToMoe(options) => dense_to_moe::run(options),
     }
 }
