@@ -54,7 +54,7 @@ impl Calibration {
         }
         let activations = activations.to_f32();
         let rows = MatRef::from_row_major_slice(&activations, tokens, hidden);
-        let lower = lower_of_moments(rows).ok_or_else(|| {
+        let lower = lower_of_moments(rows, JITTER).ok_or_else(|| {
             Error::setting(
                 "calibration",
                 format!("{tokens} tokens of {hidden} numbers"),
@@ -113,15 +113,15 @@ impl Calibration {
             }
         }
         let width = inside.ncols();
-        lower_of_moments(inside.as_ref()).map_or_else(
+        lower_of_moments(inside.as_ref(), JITTER).map_or_else(
             || Mat::identity(width, width),
             |lower| Mat::from_fn(width, width, |row, column| T::of(lower[(row, column)])),
         )
     }
 }
 
-/// The Cholesky factor of `rows^T rows / number of rows`, with what is added to its diagonal; `None` if there is none.
-fn lower_of_moments(rows: MatRef<'_, f32>) -> Option<Mat<f64>> {
+/// The Cholesky factor of `rows^T rows / number of rows`, with `jitter` times the mean of its diagonal added to it; `None` if there is none.
+pub(crate) fn lower_of_moments(rows: MatRef<'_, f32>, jitter: f64) -> Option<Mat<f64>> {
     let width = rows.ncols();
     let rows = Mat::from_fn(rows.nrows(), width, |row, column| {
         f64::from(rows[(row, column)])
@@ -143,7 +143,7 @@ fn lower_of_moments(rows: MatRef<'_, f32>) -> Option<Mat<f64>> {
         return None;
     }
     for i in 0..width {
-        moments[(i, i)] += JITTER * mean;
+        moments[(i, i)] += jitter * mean;
     }
     let scratch = cholesky_in_place_scratch::<f64>(width, Par::Seq, faer::prelude::default());
     cholesky_in_place(

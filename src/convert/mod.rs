@@ -1,7 +1,11 @@
 //! Making one kind of mixture out of another: an MoE into latent experts, LoRAs into core experts, a dense feed-forward into an MoE.
 
 mod calibration;
+mod clusters;
 mod core;
+mod dense;
+mod dense_model;
+mod dense_source;
 mod gaussian;
 mod grouping;
 mod latent;
@@ -19,6 +23,10 @@ pub use self::core::{
     loras_to_comol, moe_lora_to_comol,
 };
 pub use calibration::Calibration;
+pub use dense::{
+    DenseFeedForward, DenseGates, DenseOptions, DenseReport, KeptOutput, normed_inputs, split_dense,
+};
+pub use dense_model::{DenseLayerReport, DenseModelOptions, convert_dense_model};
 pub use latent::{GroupBy, LatentOptions, SvdMethod, SvdOptions, SvdPrecision, convert_layer};
 pub use latent_report::{
     ActiveCost, LayerReport, Operator, OperatorReport, Parameters, PhaseErrors, RelativeError,

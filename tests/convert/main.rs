@@ -3,6 +3,7 @@
 mod core;
 #[cfg(feature = "cli")]
 mod core_program;
+mod dense;
 mod latent;
 mod model;
 mod random;

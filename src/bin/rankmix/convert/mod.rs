@@ -1,5 +1,6 @@
 //! `rankmix convert`.
 
+mod dense_to_moe;
 mod loras_to_comol;
 mod moe_lora_to_comol;
 mod moe_to_latent;
@@ -26,6 +27,8 @@ pub(crate) enum Command {
     MoeLoraToComol(moe_lora_to_comol::Options),
     /// Make the mixtures of experts of a model into latent experts, which share their projections by groups (MoLE).
     MoeToLatent(moe_to_latent::Options),
+    /// Make the dense feed-forwards of a model into mixtures of experts.
+    DenseToMoe(dense_to_moe::Options),
 }
 
 pub(crate) fn run(command: &Command) -> Result<ExitCode> {
@@ -33,5 +36,6 @@ pub(crate) fn run(command: &Command) -> Result<ExitCode> {
         Command::LorasToComol(options) => loras_to_comol::run(options),
         Command::MoeLoraToComol(options) => moe_lora_to_comol::run(options),
         Command::MoeToLatent(options) => moe_to_latent::run(options),
+        Command::DenseToMoe(options) => dense_to_moe::run(options),
     }
 }
