@@ -91,7 +91,7 @@ pub fn convert_dense_model(
         overwrite: false,
         restart: true,
     };
-    let stage = Stage::open(out, model, &fingerprint, replacement)?;
+    let stage = Stage::open(out, &[model], &fingerprint, replacement)?;
     let writer = ModelWriter::new(stage.folder());
     let shards = layers.len() + 1;
     let mut files = Vec::new();

@@ -20,7 +20,7 @@ mod subspace;
 
 pub use self::core::{
     CoreExpertReport, CoreLayerReport, CoreReport, CoreRouter, DistillOptions, LoraOptions,
-    loras_to_comol, moe_lora_to_comol,
+    check_comol_folder, loras_to_comol, moe_lora_to_comol, write_comol,
 };
 pub use calibration::Calibration;
 pub use dense::{

@@ -115,7 +115,7 @@ pub fn convert_model(
         overwrite: options.overwrite,
         restart: options.restart,
     };
-    let stage = Stage::open(out, source, &fingerprint, replacement)?;
+    let stage = Stage::open(out, &[source], &fingerprint, replacement)?;
     if let Some(notice) = &stage.notice {
         listener(Progress::Notice(notice));
     }

@@ -62,7 +62,7 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
     }
 }
 
-fn refused(path: &Path, reason: impl Into<String>) -> Error {
+pub(crate) fn refused(path: &Path, reason: impl Into<String>) -> Error {
     at(path)(io::Error::new(io::ErrorKind::AlreadyExists, reason.into()))
 }
 
@@ -74,7 +74,7 @@ fn beside(path: &Path, end: &str) -> PathBuf {
 }
 
 /// The names in a folder, in order.
-fn names(folder: &Path) -> Result<Vec<std::ffi::OsString>> {
+pub(crate) fn names(folder: &Path) -> Result<Vec<std::ffi::OsString>> {
     let entries = fs::read_dir(folder).map_err(at(folder))?;
     let names = entries.map(|entry| Ok(entry?.file_name()));
     let mut names = names.collect::<io::Result<Vec<_>>>().map_err(at(folder))?;
@@ -146,21 +146,23 @@ fn resolved(path: &Path) -> Result<PathBuf> {
 }
 
 impl Stage {
-    /// Begins a folder, or goes on with what another run has left of the same one. `source` is the folder that is read.
+    /// Begins a folder, or goes on with what another run has left of the same one. `sources` are the folders that are read.
     ///
     /// # Errors
-    /// [`Error::File`] if the output is there and may not be replaced, or is none of ours; if it lies in the source or the source in it; if
+    /// [`Error::File`] if the output is there and may not be replaced, or is none of ours; if it lies in a source or a source in it; if
     /// another process is at it; if what another run has left is of other options.
     pub(crate) fn open(
         out: &Path,
-        source: &Path,
+        sources: &[&Path],
         fingerprint: &Fingerprint,
         replacement: Replacement,
     ) -> Result<Self> {
         let out = resolved(out)?;
-        let source = source.canonicalize().map_err(at(source))?;
-        if out.starts_with(&source) || source.starts_with(&out) {
-            return Err(refused(&out, "the output and the source lie in each other"));
+        for source in sources {
+            let source = source.canonicalize().map_err(at(source))?;
+            if out.starts_with(&source) || source.starts_with(&out) {
+                return Err(refused(&out, "the output and the source lie in each other"));
+            }
         }
         let previous = beside(&out, ".previous");
         if previous.exists() && !out.exists() {

@@ -101,7 +101,7 @@ fn loras_are_converted_and_what_is_there_stays() {
     let before = made.map(|name| fs::read(out.join(name)).expect("a file"));
     assert_refused(
         &run(&["convert", "loras-to-comol", "new/out", "one"]),
-        &["new/out", "--overwrite"],
+        &["new/out", "overwrite"],
     );
     assert!(made.map(|name| fs::read(out.join(name)).expect("a file")) == before);
     let again = run(&[

@@ -6,9 +6,11 @@
 
 mod bases;
 mod distill;
+mod folder;
 mod loras;
 mod report;
 
 pub use distill::{DistillOptions, moe_lora_to_comol};
+pub use folder::{check_comol_folder, write_comol};
 pub use loras::{CoreRouter, LoraOptions, loras_to_comol};
 pub use report::{CoreExpertReport, CoreLayerReport, CoreReport};

@@ -5,10 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use rankmix::Result;
-use rankmix::convert::{CoreRouter, LoraOptions, loras_to_comol};
+use rankmix::convert::{CoreRouter, LoraOptions, check_comol_folder, loras_to_comol, write_comol};
 use rankmix::formats::PeftAdapter;
 
-use crate::convert::output::OutputFolder;
 use crate::convert::summary;
 
 /// What to convert, and how.
@@ -29,7 +28,7 @@ pub(crate) struct Options {
     /// Leave out what CoMoL has no place for (embeddings, biases, modules trained whole), and go on.
     #[arg(long)]
     leave_out: bool,
-    /// Replace OUT_DIR if it holds an earlier result.
+    /// Replace OUT_DIR if it holds an earlier result, which stays until the new one is whole.
     #[arg(long)]
     overwrite: bool,
 }
@@ -37,7 +36,7 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let inputs: Vec<&Path> = options.loras.iter().map(PathBuf::as_path).collect();
     // Before the work, so that a path that cannot be written is known at once.
-    let output = OutputFolder::new(&options.out, options.overwrite, &inputs)?;
+    check_comol_folder(&options.out, &inputs, options.overwrite)?;
     let adapters = options.loras.iter().map(|path| {
         let adapter = PeftAdapter::read(path)?;
         Ok((path.display().to_string(), adapter))
@@ -56,9 +55,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     };
     let (comol, report) = loras_to_comol(&adapters, &conversion, |_| bar.inc(1))?;
     bar.finish_and_clear();
-    comol.write(output.place())?;
-    output.report(&report)?;
-    output.finish()?;
+    write_comol(&options.out, &inputs, options.overwrite, &comol, &report)?;
     println!(
         "{}: CoMoL of {} LoRAs",
         options.out.display(),

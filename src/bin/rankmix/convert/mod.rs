@@ -4,7 +4,6 @@ mod dense_to_moe;
 mod loras_to_comol;
 mod moe_lora_to_comol;
 mod moe_to_latent;
-mod output;
 mod summary;
 
 use std::process::ExitCode;

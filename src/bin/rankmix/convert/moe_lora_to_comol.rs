@@ -3,12 +3,11 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use rankmix::convert::{DistillOptions, moe_lora_to_comol};
+use rankmix::convert::{DistillOptions, check_comol_folder, moe_lora_to_comol, write_comol};
 use rankmix::formats::Adapter;
 use rankmix::layers::CoreRouting;
 use rankmix::{Error, Result};
 
-use crate::convert::output::OutputFolder;
 use crate::convert::summary;
 
 /// What to convert, and how.
@@ -26,13 +25,14 @@ pub(crate) struct Options {
     /// Project the router too, so that it looks at the latent and not at the layer's input: fewer elements, other choices.
     #[arg(long)]
     core_routing: bool,
-    /// Replace OUT_DIR if it holds an earlier result.
+    /// Replace OUT_DIR if it holds an earlier result, which stays until the new one is whole.
     #[arg(long)]
     overwrite: bool,
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
-    let output = OutputFolder::new(&options.out, options.overwrite, &[&options.mixture])?;
+    let inputs = [options.mixture.as_path()];
+    check_comol_folder(&options.out, &inputs, options.overwrite)?;
     let mixture = match Adapter::read(&options.mixture)? {
         Adapter::Mixture(mixture) => mixture,
         Adapter::MoePeft(adapter) => adapter.mixture,
@@ -56,9 +56,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     };
     let (comol, report) = moe_lora_to_comol(&mixture, &conversion, |_| bar.inc(1))?;
     bar.finish_and_clear();
-    comol.write(output.place())?;
-    output.report(&report)?;
-    output.finish()?;
+    write_comol(&options.out, &inputs, options.overwrite, &comol, &report)?;
     let kind = mixture
         .kind()
         .map_or_else(String::new, |kind| kind.to_string());

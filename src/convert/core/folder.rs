@@ -1,0 +1,72 @@
+//! The folder that a conversion into CoMoL makes.
+
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::convert::core::CoreReport;
+use crate::convert::stage::{Fingerprint, REPORT, Replacement, Stage, names, refused};
+use crate::error::{Error, Result};
+use crate::formats::MixtureAdapter;
+
+/// What may be in a folder that is replaced: a user who names another one by mistake loses nothing.
+const OURS: [&str; 3] = ["adapter_config.json", "adapter_model.safetensors", REPORT];
+
+/// Checks that [`write_comol`] could make this folder, and makes nothing.
+///
+/// # Errors
+/// [`Error::File`] if the path is taken and may not be replaced, or is one of the inputs.
+pub fn check_comol_folder(out: &Path, inputs: &[&Path], overwrite: bool) -> Result<()> {
+    let real = |path: &Path| path.canonicalize().ok();
+    if out.exists() {
+        if inputs.iter().any(|input| real(input) == real(out)) {
+            return Err(refused(out, "is an input; it cannot be the output too"));
+        }
+        if !overwrite {
+            return Err(refused(
+                out,
+                "is there already, and replaced only if that is asked for (`overwrite`)",
+            ));
+        }
+        for name in names(out)? {
+            if !OURS.iter().any(|ours| name == *ours) {
+                return Err(refused(
+                    &out.join(name),
+                    "was not made by such a conversion: its folder is not replaced",
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Writes an adapter and the report of its conversion into a folder of their own. It is made as `OUT.partial` and takes its name when it is
+/// whole; over an old one with `overwrite`, so that at any moment the old one or the whole new one is there.
+///
+/// # Errors
+/// As [`check_comol_folder`]; [`Error::File`] if it cannot be written or another process is at it, or as [`MixtureAdapter::write`].
+pub fn write_comol(
+    out: &Path,
+    inputs: &[&Path],
+    overwrite: bool,
+    adapter: &MixtureAdapter,
+    report: &CoreReport,
+) -> Result<()> {
+    check_comol_folder(out, inputs, overwrite)?;
+    // An unfinished one is made anew, as it takes a moment; that of a model, which is of other options, is left alone.
+    let fingerprint = Fingerprint {
+        options: json!({ "kind": "comol" }),
+        source: json!({}),
+    };
+    let replacement = Replacement {
+        overwrite,
+        restart: false,
+    };
+    let stage = Stage::open(out, inputs, &fingerprint, replacement)?;
+    adapter.write(stage.folder())?;
+    let report = serde_json::to_value(report).map_err(|error| Error::Format {
+        path: out.join(REPORT),
+        reason: error.to_string(),
+    })?;
+    stage.publish(&report)
+}
