@@ -4,6 +4,7 @@ mod core;
 #[cfg(feature = "cli")]
 mod core_program;
 mod dense;
+mod dense_model;
 mod latent;
 mod model;
 mod random;
