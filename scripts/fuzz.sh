@@ -38,7 +38,8 @@ seed() { # target, pattern: the example's files of that name, numbered
 seed safetensors '*.safetensors'
 seed gguf '*.gguf'
 seed adapter_config 'adapter_config.json'
-seed safetensors_index 'no.index'
+seed adapter 'adapter_config.json'
+mkdir -p "$corpus/safetensors_index" "$seeds/safetensors_index"
 printf '{"weight_map":{"a":"a.safetensors","b":"b.safetensors"}}' > "$seeds/safetensors_index/1"
 
 for target in "${targets[@]}"; do

@@ -13,7 +13,11 @@ fuzz_target!(|json: &str| {
     };
     _ = config.unknown_keys();
     for layer in LAYERS {
-        _ = (config.rank_of(layer), config.alpha_of(layer), config.scale_of(layer));
+        _ = (
+            config.rank_of(layer),
+            config.alpha_of(layer),
+            config.scale_of(layer),
+        );
     }
     let again = LoraConfig::from_json(&config.to_json(), "adapter_config.json")
         .expect("what was written must be read");

@@ -10,7 +10,11 @@ pub fn file(name: &str, contents: &[u8]) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
         let memory = PathBuf::from("/dev/shm");
-        let parent = if memory.is_dir() { memory } else { std::env::temp_dir() };
+        let parent = if memory.is_dir() {
+            memory
+        } else {
+            std::env::temp_dir()
+        };
         let folder = parent.join(format!("rankmix-fuzz-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder for the files");
         folder

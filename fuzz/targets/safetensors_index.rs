@@ -26,7 +26,11 @@ fuzz_target!(|bytes: &[u8]| {
     });
     let path = files::file("model.safetensors.index.json", bytes);
     if let Ok(checkpoint) = Checkpoint::open(&path) {
-        assert!(checkpoint.files().all(|file| file.parent() == path.parent()));
+        assert!(
+            checkpoint
+                .files()
+                .all(|file| file.parent() == path.parent())
+        );
         files::read_all(&checkpoint);
     }
 });
