@@ -311,7 +311,7 @@ fn bits(experts: &rankmix::formats::LatentExperts) -> Vec<u32> {
     }
     tensors
         .into_iter()
-        .flat_map(|tensor| tensor.to_f32())
+        .flat_map(rankmix::Tensor::to_f32)
         .map(f32::to_bits)
         .collect()
 }
