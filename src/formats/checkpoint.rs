@@ -1,19 +1,21 @@
 //! Models in safetensors, in one file or in several with an index, read one tensor at a time.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs::OpenOptions;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensorError, SafeTensors};
 use serde::Deserialize;
+use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
 
 use crate::error::{Error, Result};
 use crate::file;
 use crate::formats::file_bytes::FileBytes;
 use crate::formats::safetensors::elements;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// The file of a model that is in one.
 const WHOLE: &str = "model.safetensors";
@@ -21,6 +23,9 @@ const WHOLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 /// The file of an adapter.
 pub(crate) const ADAPTER: &str = "adapter_model.safetensors";
+
+/// The longest header that the safetensors format allows.
+const LONGEST_HEADER: u64 = 100_000_000;
 
 /// An open model: where each tensor is. The files are mapped, so that only what is asked for is read.
 #[derive(Debug)]
@@ -234,7 +239,11 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::tensor`], and [`Error::Format`] if an element is not finite.
     pub(crate) fn finite_tensor(&self, name: &str) -> Result<Tensor> {
-        let tensor = self.tensor(name)?;
+        let tensor = match self.tensor(name)? {
+            // What 64 bits hold may be infinite in 32.
+            tensor if tensor.dtype() == DType::F64 => Tensor::f32(tensor.shape(), tensor.to_f32())?,
+            tensor => tensor,
+        };
         match tensor.first_not_finite() {
             None => Ok(tensor),
             Some(element) => Err(self.wrong(
@@ -291,9 +300,31 @@ pub(crate) fn write(
         path: path.to_owned(),
         reason: error.to_string(),
     };
+    let mut names = HashSet::new();
     let views = tensors
         .iter()
         .map(|tensor| {
+            if !names.insert(tensor.name.as_str()) {
+                return Err(Error::DuplicateName {
+                    name: tensor.name.clone(),
+                    reason: format!("another tensor for {}", path.display()),
+                });
+            }
+            let bits = tensor
+                .shape
+                .iter()
+                .try_fold(tensor.dtype.bitsize(), |bits, &extent| {
+                    bits.checked_mul(extent)
+                });
+            if bits.is_none() {
+                return Err(Error::shape(
+                    "safetensors",
+                    format!(
+                        "tensor `{}` of {:?} has more elements than can be counted",
+                        tensor.name, tensor.shape
+                    ),
+                ));
+            }
             let view = TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.bytes);
             Ok((tensor.name.as_str(), view.map_err(|error| wrong(&error))?))
         })
@@ -301,10 +332,13 @@ pub(crate) fn write(
     file::replace_at(path, |temporary| {
         let entries = metadata.len();
         let metadata = (entries > 0).then_some(metadata);
+        // The safetensors crate makes a file of its own that its user alone may read: what a new file is given here is what this one gets.
+        let permissions = fs::File::create(temporary)?.metadata()?.permissions();
         match safetensors::serialize_to_file(views, metadata, temporary) {
             Err(SafeTensorError::IoError(source)) => return Err(source),
             other => other.map_err(io::Error::other)?,
         }
+        fs::set_permissions(temporary, permissions)?;
         if entries > 1 {
             let mut file = OpenOptions::new().read(true).write(true).open(temporary)?;
             order_metadata(&mut file)?;
@@ -338,15 +372,56 @@ pub(crate) fn order_metadata(file: &mut (impl Read + Write + Seek)) -> io::Resul
 
 /// What is wrong with a safetensors file, with the tensor's name and the offset in the file.
 pub(crate) fn explain(bytes: &[u8], error: &SafeTensorError) -> String {
-    let found = header_of(bytes).and_then(|(start, header)| fault_of(&header, start, bytes.len()));
+    let found = header_of(bytes).and_then(|(start, header)| fault_of(header, start, bytes.len()));
     match found {
         Ok(()) => error.to_string(),
         Err(reason) => reason,
     }
 }
 
+/// What the header says of a tensor.
+#[derive(Deserialize)]
+struct HeaderEntry {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data_offsets: (usize, usize),
+}
+
+/// The tensors of a header, in the order in which they stand there.
+#[derive(Default)]
+struct Header(Vec<(String, HeaderEntry)>);
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Tensors;
+        impl<'de> Visitor<'de> for Tensors {
+            type Value = Header;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let mut header = Header::default();
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == "__metadata__" {
+                        map.next_value::<IgnoredAny>()?;
+                    } else {
+                        let entry = map.next_value().map_err(|error| {
+                            A::Error::custom(format!("tensor `{name}`: {error}"))
+                        })?;
+                        header.0.push((name, entry));
+                    }
+                }
+                Ok(header)
+            }
+        }
+        deserializer.deserialize_map(Tensors)
+    }
+}
+
 /// The header of a file and where its data begins, or why there is none.
-fn header_of(bytes: &[u8]) -> Result<(usize, serde_json::Map<String, serde_json::Value>), String> {
+fn header_of(bytes: &[u8]) -> Result<(usize, Header), String> {
     let length = bytes.len();
     let Some(first) = bytes.first_chunk() else {
         return Err(format!(
@@ -360,32 +435,18 @@ fn header_of(bytes: &[u8]) -> Result<(usize, serde_json::Map<String, serde_json:
             "byte 0: the header is said to take {header} bytes, the file has {length}"
         ));
     };
+    if header > LONGEST_HEADER {
+        return Err(format!(
+            "byte 0: the header takes {header} bytes, the limit is {LONGEST_HEADER}"
+        ));
+    }
     let header = serde_json::from_slice(&bytes[8..end])
         .map_err(|error| format!("byte 8: the header is no JSON of tensors: {error}"))?;
     Ok((end, header))
 }
 
 /// The first tensor, in the order of the data, that does not fit its file.
-fn fault_of(
-    header: &serde_json::Map<String, serde_json::Value>,
-    start: usize,
-    length: usize,
-) -> Result<(), String> {
-    #[derive(Deserialize)]
-    struct Entry {
-        dtype: Dtype,
-        shape: Vec<usize>,
-        data_offsets: (usize, usize),
-    }
-    let mut entries = Vec::new();
-    for (name, value) in header {
-        if name == "__metadata__" {
-            continue;
-        }
-        let entry: Entry = serde_json::from_value(value.clone())
-            .map_err(|error| format!("tensor `{name}`: {error}"))?;
-        entries.push((name, entry));
-    }
+fn fault_of(Header(mut entries): Header, start: usize, length: usize) -> Result<(), String> {
     entries.sort_by_key(|(_, entry)| entry.data_offsets);
     let mut end = 0;
     for (name, entry) in &entries {

@@ -38,7 +38,8 @@ impl<'a> OutputTensor<'a> {
     /// A tensor whose elements are rounded to F32, F16 or BF16.
     ///
     /// # Errors
-    /// [`Error::Setting`] for any other type; [`Error::Limit`], with the tensor's name, if a number is beyond what the type holds.
+    /// [`Error::Setting`] for any other type; [`Error::NotFinite`] and [`Error::Limit`], with the tensor's name, if a number is not
+    /// finite or beyond what the type holds.
     pub fn floats(
         name: String,
         shape: &[usize],
@@ -58,7 +59,7 @@ impl<'a> OutputTensor<'a> {
                 f32::MAX,
             ),
             (Dtype::F16, _) => (halves(|x| f16::from_f32(x).to_bits()), 65_504.0),
-            (Dtype::BF16, _) => (halves(|x| bf16::from_f32(x).to_bits()), f32::MAX),
+            (Dtype::BF16, _) => (halves(|x| bf16::from_f32(x).to_bits()), bf16::MAX.to_f32()),
             _ => {
                 return Err(Error::setting(
                     "dtype",
@@ -67,6 +68,12 @@ impl<'a> OutputTensor<'a> {
                 ));
             }
         };
+        if let Some(element) = elements.iter().position(|x| !x.is_finite()) {
+            return Err(Error::NotFinite {
+                value: format!("tensor `{name}`"),
+                element,
+            });
+        }
         let over = elements.iter().find(|x| x.abs() > largest);
         if let Some(number) = over {
             return Err(Error::Limit {

@@ -14,5 +14,6 @@ mod checkpoint;
 mod gguf;
 mod mixture;
 mod mixture_damage;
+mod model_writer;
 mod moe_peft;
 mod peft;

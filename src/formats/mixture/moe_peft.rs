@@ -79,6 +79,9 @@ fn options(object: &Map<String, Value>, or: &Map<String, Value>) -> Result<Adapt
         ));
     };
     let alpha = number("lora_alpha")?.ok_or("lora_alpha is missing")?;
+    if !(alpha as f32).is_finite() {
+        return Err(format!("lora_alpha is {alpha}, the limit is {}", f32::MAX));
+    }
     let mut options = AdapterOptions::new(rank as usize, alpha as f32);
     options.dropout = number("lora_dropout")?.unwrap_or(0.0) as f32;
     if flag("use_rslora")? {

@@ -222,7 +222,9 @@ impl PeftAdapter {
                     reason: format!("the pair of `{layer}` has rank {}", pair.rank()),
                 });
             }
-            if (scale - pair.scale).abs() > 1e-6 * scale.abs().max(1e-30) {
+            // Neither is a NaN or infinite where this holds.
+            let equal = (scale - pair.scale).abs() <= 1e-6 * scale.abs().max(1e-30);
+            if !equal {
                 return Err(Error::Setting {
                     setting: "scale",
                     value: scale.to_string(),
