@@ -61,6 +61,31 @@ pub struct DenseOptions {
     pub seed: u64,
 }
 
+impl DenseOptions {
+    /// Checks that they fit a layer of so many neurons.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if E does not divide their number, or `top_k` is not between 1 and E.
+    pub fn check(&self, neurons: usize) -> Result<()> {
+        let Self { experts, top_k, .. } = *self;
+        if experts == 0 || !neurons.is_multiple_of(experts) {
+            return Err(Error::setting(
+                "experts",
+                experts,
+                format!("must divide the {neurons} neurons of the layer into experts of one size"),
+            ));
+        }
+        if top_k == 0 || top_k > experts {
+            return Err(Error::setting(
+                "top_k",
+                top_k,
+                format!("must be between 1 and the {experts} experts"),
+            ));
+        }
+        Ok(())
+    }
+}
+
 /// The part of the dense output's energy that the sum of some experts keeps: 1 - Σ|y - y_k|² / Σ|y|² over tokens that the router was not made with. Negative
 /// where the experts that are left out cancel others.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -263,21 +288,7 @@ fn check(
             });
         }
     }
-    let DenseOptions { experts, top_k, .. } = *options;
-    if experts == 0 || !m.is_multiple_of(experts) {
-        return Err(Error::setting(
-            "experts",
-            experts,
-            format!("must divide the {m} neurons of the layer into experts of one size"),
-        ));
-    }
-    if top_k == 0 || top_k > experts {
-        return Err(Error::setting(
-            "top_k",
-            top_k,
-            format!("must be between 1 and the {experts} experts"),
-        ));
-    }
+    options.check(m)?;
     if tokens < 4 {
         return Err(Error::setting("tokens", tokens, "at least 4 make a router"));
     }

@@ -30,6 +30,10 @@ pub struct DenseModelOptions {
     pub activations: Option<PathBuf>,
     /// Of everything random.
     pub seed: u64,
+    /// An output that is there is replaced when the new one is whole, if a conversion has made it.
+    pub overwrite: bool,
+    /// What another conversion has left unfinished under the output's name is thrown away.
+    pub restart: bool,
 }
 
 /// What became of a model's layers, by their paths; in `conversion.json` under `layers`.
@@ -87,9 +91,19 @@ pub fn convert_dense_model(
         options: described.clone(),
         source: source.identity()?,
     };
+    let split = DenseOptions {
+        experts: options.experts,
+        top_k: options.top_k,
+        gates,
+        seed: options.seed,
+    };
+    // Before anything is made.
+    if let Some(first) = layers.first() {
+        split.check(source.feed_forward(*first)?.gate.shape().rows())?;
+    }
     let replacement = Replacement {
-        overwrite: false,
-        restart: true,
+        overwrite: options.overwrite,
+        restart: options.restart,
     };
     let stage = Stage::open(out, &[model], &fingerprint, replacement)?;
     let writer = ModelWriter::new(stage.folder());
@@ -103,15 +117,19 @@ pub fn convert_dense_model(
             Some(file) => file.tensor(&format!("model.layers.{layer}.mlp.input"))?,
             None => {
                 let norm = source.norm(layer)?;
+                let hidden = dense.gate.shape().last();
+                if norm.shape().dims() != [hidden] {
+                    return Err(Error::shape(
+                        "norm",
+                        format!(
+                            "layer {layer}: {:?}, and its feed-forward reads {hidden} numbers a token",
+                            norm.shape().dims()
+                        ),
+                    ));
+                }
                 let tokens = 2048.max(4 * norm.shape().elements());
                 normed_inputs(&norm, tokens, options.seed.wrapping_add(layer as u64))?
             }
-        };
-        let split = DenseOptions {
-            experts: options.experts,
-            top_k: options.top_k,
-            gates,
-            seed: options.seed,
         };
         let (moe, router, report) = split_dense(&dense, &inputs, &split)?;
         let path = format!("model.layers.{layer}.{module}");
@@ -126,12 +144,9 @@ pub fn convert_dense_model(
     files.push(file);
     writer.write_index(&files)?;
     write_json(&stage.folder().join("config.json"), &Value::Object(config))?;
-    for file in source.files()? {
-        let to = stage.folder().join(file.file_name().unwrap_or_default());
-        std::fs::copy(&file, &to).map_err(|source| Error::File { path: to, source })?;
-    }
+    let left = source.copy_others(stage.folder())?;
     stage.publish(&json!({
-        "options": described, "source": fingerprint.source, "layers": reports,
+        "options": described, "source": fingerprint.source, "layers": reports, "not_copied": left,
     }))?;
     progress(layers.len(), layers.len());
     Ok(reports)

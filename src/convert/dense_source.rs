@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use crate::convert::DenseFeedForward;
+use crate::convert::source::copy_others;
+use crate::convert::stage::REPORT;
 use crate::error::{Error, Result};
 use crate::file;
 use crate::formats::{Checkpoint, Dtype, GgufFile, GgufValue, OutputTensor};
@@ -22,6 +24,8 @@ pub(crate) enum DenseSource {
 }
 
 const PARTS: [&str; 3] = ["gate", "up", "down"];
+/// The architectures of GGUF whose feed-forward is `down (silu(gate x) * (up x))`.
+const GATED_BY_SILU: [&str; 4] = ["llama", "mistral3", "qwen2", "qwen3"];
 
 impl DenseSource {
     pub(crate) fn open(path: &Path) -> Result<Self> {
@@ -199,6 +203,15 @@ impl DenseSource {
                     .value("general.architecture")
                     .and_then(GgufValue::as_text)
                     .unwrap_or("llama");
+                if !GATED_BY_SILU.contains(&family) {
+                    return Err(Error::Format {
+                        path: self.path().to_owned(),
+                        reason: format!(
+                            "`general.architecture` = \"{family}\": {} are split, whose feed-forwards are gated by silu",
+                            GATED_BY_SILU.join(", ")
+                        ),
+                    });
+                }
                 let mut keys = Map::new();
                 for (key, gguf) in [
                     ("hidden_size", "embedding_length"),
@@ -219,31 +232,14 @@ impl DenseSource {
         }
     }
 
-    /// Files beside the tensors that a model needs: the tokenizer's and the like.
-    pub(crate) fn files(&self) -> Result<Vec<PathBuf>> {
-        let Self::Safetensors { folder, .. } = self else {
-            return Ok(Vec::new());
-        };
-        let failed = |source| Error::File {
-            path: folder.clone(),
-            source,
-        };
-        let mut files = Vec::new();
-        for entry in std::fs::read_dir(folder).map_err(failed)? {
-            let path = entry.map_err(failed)?.path();
-            let name = path
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned();
-            let tensors =
-                name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
-            if path.is_file() && !tensors && name != "config.json" {
-                files.push(path);
+    /// Copies what a model's folder holds beside its weights, the tokenizer's files and the like. Returns the weights in other formats, which are not copied.
+    pub(crate) fn copy_others(&self, to: &Path) -> Result<Vec<String>> {
+        match self {
+            Self::Safetensors { folder, checkpoint } => {
+                copy_others(folder, to, checkpoint, &["config.json", REPORT])
             }
+            Self::Gguf { .. } => Ok(Vec::new()),
         }
-        files.sort();
-        Ok(files)
     }
 
     /// What tells this source from another.

@@ -32,7 +32,7 @@ pub enum GroupBy {
 /// What singular vectors are computed in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum SvdPrecision {
-    /// 32 bits: about half of the time and memory; singular values below 1e-3 of the largest are lost.
+    /// 32 bits: about half of the time; singular values below 1e-3 of the largest are lost.
     F32,
     /// 64 bits.
     #[default]

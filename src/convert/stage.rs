@@ -18,6 +18,8 @@ use crate::formats::write_json;
 pub(crate) const REPORT: &str = "conversion.json";
 /// What is behind the name of everything that is not whole yet.
 const PARTIAL: &str = ".partial";
+/// What is behind the name of an old output between two renames.
+const PREVIOUS: &str = ".previous";
 
 /// What a conversion is of: equal options and an equal source give an equal folder.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,6 +51,7 @@ pub(crate) struct Replacement {
 pub(crate) struct Stage {
     out: PathBuf,
     partial: PathBuf,
+    overwrite: bool,
     /// What was found of an earlier run, in words.
     pub(crate) notice: Option<String>,
     /// Held as long as the folder is written to.
@@ -157,38 +160,18 @@ impl Stage {
         fingerprint: &Fingerprint,
         replacement: Replacement,
     ) -> Result<Self> {
-        let out = resolved(out)?;
-        for source in sources {
-            let source = source.canonicalize().map_err(at(source))?;
-            if out.starts_with(&source) || source.starts_with(&out) {
-                return Err(refused(&out, "the output and the source lie in each other"));
-            }
-        }
-        let previous = beside(&out, ".previous");
-        if previous.exists() && !out.exists() {
-            // A run was ended between the two renames of `publish`.
+        let out = apart(out, sources)?;
+        let partial = beside(&out, PARTIAL);
+        let previous = beside(&out, PREVIOUS);
+        // A run was ended between the two renames of `publish`: nothing else leaves a whole folder under the partial name and none under the output's.
+        if !out.exists() && is_finished(&partial) && previous.join(REPORT).is_file() {
             fs::rename(&previous, &out).map_err(at(&previous))?;
         }
-        if out.exists() {
-            if !replacement.overwrite {
-                return Err(refused(
-                    &out,
-                    "the output is there already, and replaced only if that is asked for (`overwrite`)",
-                ));
-            }
-            if !out.is_dir() || !is_ours(&out)? {
-                return Err(refused(
-                    &out,
-                    format!(
-                        "there is no {REPORT} in it: what no conversion has made is not replaced"
-                    ),
-                ));
-            }
-        }
-        let partial = beside(&out, PARTIAL);
+        check_replaceable(&out, replacement.overwrite)?;
         let mut stage = Self {
             out,
             partial,
+            overwrite: replacement.overwrite,
             notice: None,
             _lock: None,
         };
@@ -205,14 +188,9 @@ impl Stage {
         self._lock = locked(&partial)?;
         if !is_new {
             if !is_ours(&partial)? {
-                return Err(refused(
-                    &partial,
-                    format!(
-                        "there is no {REPORT} in it: what no conversion has made is not replaced"
-                    ),
-                ));
+                return Err(refused(&partial, not_ours()));
             }
-            match found(&partial, fingerprint)? {
+            match found(&self.out, &partial, fingerprint)? {
                 Found::Same => {
                     self.notice = Some(format!("going on in {}", partial.display()));
                     return remove_leftovers(&partial);
@@ -262,17 +240,72 @@ impl Stage {
         if !self.out.exists() {
             return fs::rename(&self.partial, &self.out).map_err(at(&self.out));
         }
+        // It may have come while this run was at work.
+        check_replaceable(&self.out, self.overwrite)?;
+        // Held while the old folder is removed under the partial name, which a run that begins now would take.
+        let _old = locked(&self.out)?;
         if exchanged(&self.partial, &self.out) {
             return remove(&self.partial);
         }
-        let previous = beside(&self.out, ".previous");
+        let previous = beside(&self.out, PREVIOUS);
         if previous.exists() {
+            if !is_ours(&previous)? {
+                return Err(refused(&previous, not_ours()));
+            }
             remove(&previous)?;
         }
         fs::rename(&self.out, &previous).map_err(at(&self.out))?;
         fs::rename(&self.partial, &self.out).map_err(at(&self.out))?;
         remove(&previous)
     }
+}
+
+fn not_ours() -> String {
+    format!("there is no {REPORT} in it: what no conversion has made is not replaced")
+}
+
+/// Whether a folder holds the report of a conversion that came to its end.
+fn is_finished(folder: &Path) -> bool {
+    let text = fs::read_to_string(folder.join(REPORT)).unwrap_or_default();
+    let report: Value = serde_json::from_str(&text).unwrap_or_default();
+    report.is_object() && report.get("unfinished").is_none()
+}
+
+/// The output's path, which lies in none of the sources, and none of them in it.
+fn apart(out: &Path, sources: &[&Path]) -> Result<PathBuf> {
+    let out = resolved(out)?;
+    for source in sources {
+        let source = source.canonicalize().map_err(at(source))?;
+        if out.starts_with(&source) || source.starts_with(&out) {
+            return Err(refused(&out, "the output and an input lie in each other"));
+        }
+    }
+    Ok(out)
+}
+
+/// Checks what [`Stage::open`] does before it makes anything.
+pub(crate) fn check(out: &Path, sources: &[&Path], overwrite: bool) -> Result<()> {
+    check_replaceable(&apart(out, sources)?, overwrite)
+}
+
+/// Checks that nothing is at the output's name, or what may be replaced.
+fn check_replaceable(out: &Path, overwrite: bool) -> Result<()> {
+    if !out.exists() {
+        return Ok(());
+    }
+    if !overwrite {
+        return Err(refused(
+            out,
+            "the output is there already, and replaced only if that is asked for (`overwrite`)",
+        ));
+    }
+    if !out.is_dir() {
+        return Err(refused(out, "this is no folder"));
+    }
+    if !is_ours(out)? {
+        return Err(refused(out, not_ours()));
+    }
+    Ok(())
 }
 
 /// What another run has left.
@@ -285,7 +318,7 @@ enum Found {
     Finished,
 }
 
-fn found(partial: &Path, fingerprint: &Fingerprint) -> Result<Found> {
+fn found(out: &Path, partial: &Path, fingerprint: &Fingerprint) -> Result<Found> {
     let path = partial.join(REPORT);
     if !path.exists() {
         return Ok(Found::Nothing);
@@ -298,10 +331,17 @@ fn found(partial: &Path, fingerprint: &Fingerprint) -> Result<Found> {
     let Some(other) = Fingerprint::of(&report) else {
         return Ok(Found::Finished);
     };
+    // Under the partial name a whole folder is the old output after an exchange, or the new one before it, or before its only rename.
+    let is_whole = report.get("unfinished").is_none();
+    if is_whole && out.exists() {
+        let text = fs::read_to_string(out.join(REPORT)).unwrap_or_default();
+        let published: Value = serde_json::from_str(&text).unwrap_or_default();
+        if other != *fingerprint || Fingerprint::of(&published).as_ref() == Some(fingerprint) {
+            return Ok(Found::Finished);
+        }
+    }
     Ok(if other == *fingerprint {
         Found::Same
-    } else if report.get("unfinished").is_none() {
-        Found::Finished
     } else if other.options == fingerprint.options {
         Found::OtherSource
     } else {

@@ -140,6 +140,26 @@ fn loras_are_converted_and_what_is_there_stays() {
         ]),
         &["input"],
     );
+    // Neither is what no conversion has made, nor what lies in an input; that is known before the work.
+    for taken in ["three", "one/inside"] {
+        if taken == "three" {
+            write_lora(&at.join(taken), 9);
+        }
+        let before = names(&at.join("one"));
+        assert_refused(
+            &run(&[
+                "convert",
+                "loras-to-comol",
+                "--overwrite",
+                taken,
+                "one",
+                "two",
+            ]),
+            &[taken],
+        );
+        assert_eq!(names(&at.join("one")), before);
+    }
+    fs::remove_dir_all(at.join("three")).expect("just written");
     assert_eq!(names(at), ["new", "one", "two"]);
 }
 

@@ -92,6 +92,8 @@ fn options(layout: MoeLayout) -> DenseModelOptions {
         layout,
         activations: None,
         seed: 1,
+        overwrite: false,
+        restart: false,
     }
 }
 
@@ -144,7 +146,7 @@ fn models_in_both_formats_become_mixtures_in_both_layouts() {
             check_neurons(&model, from == "safetensors");
             let routing = model
                 .config()
-                .routing(5, layout, false)
+                .routing(5, false)
                 .expect("the configuration says how tokens are routed");
             assert_eq!(routing.renormalize, layout == MoeLayout::Mixtral);
             assert_eq!(routing.top_k, 5);
@@ -178,5 +180,13 @@ fn what_cannot_be_split_leaves_no_folder() {
     let error = convert_dense_model(&source, &out, &options(MoeLayout::Fused), &|_, _| {})
         .expect_err("another layout");
     assert!(matches!(error, Error::Setting { .. }));
-    assert!(!out.exists());
+    assert!(!out.exists() && !folder.path().join("out.partial").exists());
+    let there = options(MoeLayout::Mixtral);
+    convert_dense_model(&source, &out, &there, &|_, _| {}).expect("it converts");
+    convert_dense_model(&source, &out, &there, &|_, _| {}).expect_err("it is there already");
+    let over = DenseModelOptions {
+        overwrite: true,
+        ..there
+    };
+    convert_dense_model(&source, &out, &over, &|_, _| {}).expect("it may be replaced");
 }

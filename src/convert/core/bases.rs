@@ -194,6 +194,12 @@ pub(super) fn cores(
         // A core acts transposed.
         let acting = product(inside_u.as_ref(), inside_v.as_ref());
         let written = rounded(acting.transpose());
+        if let Some(element) = written.iter().position(|x| !x.is_finite()) {
+            return Err(Error::NotFinite {
+                value: "a core in 32 bits".to_owned(),
+                element,
+            });
+        }
         let acting = matrix(&wide(&written), rank).transpose().to_owned();
         // ‖X - Y‖² = ‖X‖² - 2 <X, Y> + ‖Y‖² for Y = B Mᵀ A, by way of matrices of the rank's size.
         let us_b = product(us.transpose(), b_written.as_ref());

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::convert::core::CoreReport;
-use crate::convert::stage::{Fingerprint, REPORT, Replacement, Stage, names, refused};
+use crate::convert::stage::{self, Fingerprint, REPORT, Replacement, Stage, names, refused};
 use crate::error::{Error, Result};
 use crate::formats::MixtureAdapter;
 
@@ -15,19 +15,10 @@ const OURS: [&str; 3] = ["adapter_config.json", "adapter_model.safetensors", REP
 /// Checks that [`write_comol`] could make this folder, and makes nothing.
 ///
 /// # Errors
-/// [`Error::File`] if the path is taken and may not be replaced, or is one of the inputs.
+/// [`Error::File`] if the path is taken and may not be replaced, or lies in one of the inputs or one of them in it, or an input is not there.
 pub fn check_comol_folder(out: &Path, inputs: &[&Path], overwrite: bool) -> Result<()> {
-    let real = |path: &Path| path.canonicalize().ok();
+    stage::check(out, inputs, overwrite)?;
     if out.exists() {
-        if inputs.iter().any(|input| real(input) == real(out)) {
-            return Err(refused(out, "is an input; it cannot be the output too"));
-        }
-        if !overwrite {
-            return Err(refused(
-                out,
-                "is there already, and replaced only if that is asked for (`overwrite`)",
-            ));
-        }
         for name in names(out)? {
             if !OURS.iter().any(|ours| name == *ours) {
                 return Err(refused(

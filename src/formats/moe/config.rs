@@ -7,8 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::file;
-use crate::formats::moe::MoeLayout;
-use crate::layers::Routing;
+use crate::layers::{Routing, SharedExpert};
 use crate::ops::{Activation, Score};
 
 /// The key of `config.json` that says what a model with latent experts has.
@@ -22,6 +21,9 @@ const TOP_K: [&str; 4] = [
     "moe_top_k",
     "num_experts_per_token",
 ];
+
+/// The names that families have for the number of experts.
+const EXPERT_COUNTS: [&str; 3] = ["num_local_experts", "num_experts", "n_routed_experts"];
 
 /// What `config.json` says of latent experts, under `rankmix_latent_moe`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,6 +120,39 @@ impl MoeConfig {
         )))
     }
 
+    /// Checks what it says of a layer's experts against the layer as its tensors are.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if their number is another, or the shared expert or its gate is missing.
+    pub(crate) fn check_layer(
+        &self,
+        path: &str,
+        experts: usize,
+        shared: Option<SharedExpert>,
+    ) -> Result<()> {
+        for key in EXPERT_COUNTS {
+            if let Some(count) = self.typed::<usize>(key)?
+                && count != experts
+            {
+                return Err(self.wrong(format!(
+                    "`{key}` = {count}, and the router of `{path}` has {experts} experts"
+                )));
+            }
+        }
+        let wanted = self.typed::<usize>("n_shared_experts")?.unwrap_or(0);
+        if wanted > 0 && shared.is_none() {
+            return Err(self.wrong(format!(
+                "`n_shared_experts` = {wanted}, and `{path}` has no `shared_experts`"
+            )));
+        }
+        if self.model_type() == "qwen2_moe" && shared.is_some_and(|shared| !shared.sigmoid_gate) {
+            return Err(self.wrong(format!(
+                "a \"qwen2_moe\" has a gate for its shared expert, and `{path}` has no `shared_expert_gate.weight`"
+            )));
+        }
+        Ok(())
+    }
+
     /// What experts do in their middle.
     ///
     /// # Errors
@@ -134,12 +169,12 @@ impl MoeConfig {
         }
     }
 
-    /// How tokens find their experts, of which there are so many, in a layer of this layout, with or without a bias of the choice.
+    /// How tokens find their experts, of which there are so many, with or without a bias of the choice.
     ///
     /// # Errors
     /// [`Error::Format`] if the router is of a kind that [`Routing`] does not compute: a choice limited to some groups of experts, other
     /// scores than softmax and sigmoid; [`Error::Setting`] if its numbers make no sense.
-    pub fn routing(&self, experts: usize, layout: MoeLayout, bias: bool) -> Result<Routing> {
+    pub fn routing(&self, experts: usize, bias: bool) -> Result<Routing> {
         let family = self.model_type();
         let mut routing = Routing::new(experts, self.top_k()?);
         let score: Option<String> = self.typed("scoring_func")?;
@@ -154,14 +189,18 @@ impl MoeConfig {
                 )));
             }
         };
+        if family == "deepseek_v3" && !bias {
+            return Err(self.wrong(
+                "a \"deepseek_v3\" router chooses by a bias, and there is no `gate.e_score_correction_bias`"
+                    .to_owned(),
+            ));
+        }
         routing.selection_bias = bias;
         let normalised: Option<bool> = self.typed("norm_topk_prob")?;
         routing.renormalize = match (family, normalised) {
-            // Mixtral has no such key and does it always.
-            ("mixtral", _) => true,
+            // Mixtral has no such key and does it always. Others that name their matrices as it does route otherwise.
+            ("mixtral", _) | ("deepseek_v3", None) => true,
             (_, Some(normalised)) => normalised,
-            (_, None) if layout == MoeLayout::Mixtral => true,
-            ("deepseek_v3", None) => true,
             ("qwen2_moe" | "qwen3_moe" | "olmoe" | "deepseek_v2", None) => false,
             (_, None) => {
                 return Err(self.wrong(format!(
@@ -169,9 +208,12 @@ impl MoeConfig {
                 )));
             }
         };
-        if let Some(scale) = self.typed("routed_scaling_factor")? {
-            routing.scale = scale;
-        }
+        routing.scale = match self.typed("routed_scaling_factor")? {
+            Some(scale) => scale,
+            // What transformers takes.
+            None if family == "deepseek_v3" => 2.5,
+            None => 1.0,
+        };
         // Implementations of DeepSeek-V2 differ in whether weights that were normalised are scaled; its releases do one of the two.
         if family == "deepseek_v2" && routing.renormalize && routing.scale != 1.0 {
             return Err(self.wrong(format!(
@@ -187,8 +229,14 @@ impl MoeConfig {
     /// A choice that is limited to `topk_group` of `n_group` groups is not computed.
     fn check_groups_of_choice(&self) -> Result<()> {
         let method: Option<String> = self.typed("topk_method")?;
-        let groups = self.typed::<usize>("n_group")?.unwrap_or(1);
-        let chosen = self.typed::<usize>("topk_group")?.unwrap_or(groups);
+        // What transformers takes.
+        let [no_groups, no_choice] = match self.model_type() {
+            "deepseek_v3" => [Some(8), Some(4)],
+            _ => [None, None],
+        };
+        let groups = self.typed::<usize>("n_group")?.or(no_groups).unwrap_or(1);
+        let chosen = self.typed::<usize>("topk_group")?.or(no_choice);
+        let chosen = chosen.unwrap_or(groups);
         if method.as_deref() == Some("greedy") || groups <= 1 || chosen >= groups {
             return Ok(());
         }

@@ -5,7 +5,7 @@ use crate::formats::LatentDown;
 use crate::formats::moe::model::MoeModel;
 use crate::formats::moe::scan::MoeLayer;
 use crate::graph::ParameterStore;
-use crate::layers::{LatentMoe, Moe};
+use crate::layers::{LatentMoe, Moe, Routing};
 use crate::tensor::Tensor;
 
 /// The outermost slices of a tensor in another order.
@@ -19,7 +19,22 @@ fn permuted(tensor: &Tensor, order: &[usize]) -> Result<Tensor> {
     Tensor::f32(tensor.shape(), moved)
 }
 
+/// Biases beside a router that change what it chooses and are not known.
+const OTHER_BIASES: [&str; 2] = ["gate.bias", "e_score_correction_bias"];
+
 impl MoeModel {
+    /// How the tokens of a layer find their experts.
+    fn routing(&self, layer: &MoeLayer) -> Result<Routing> {
+        for bias in OTHER_BIASES {
+            let name = format!("{}.{bias}", layer.path);
+            if self.checkpoint().entry(&name).is_some() {
+                let reason = "a router with such a bias is not computed";
+                return Err(self.checkpoint().wrong(&name, reason));
+            }
+        }
+        self.config().routing(layer.experts, layer.router_bias)
+    }
+
     /// Puts a layer's parameters into a store under the names that a [`Moe`] called `name` has, and returns that layer: it computes what the
     /// checkpoint's does. It is trainable, as any new layer.
     ///
@@ -27,9 +42,7 @@ impl MoeModel {
     /// As [`MoeConfig::routing`](crate::formats::MoeConfig::routing) and [`MoeModel::experts`]; [`Error::TypeMismatch`] if the store
     /// has another shape under such a name, [`Error::OutOfMemory`] if the device is full.
     pub fn load_moe(&self, layer: &MoeLayer, store: &ParameterStore, name: &str) -> Result<Moe> {
-        let routing = self
-            .config()
-            .routing(layer.experts, layer.layout, layer.router_bias)?;
+        let routing = self.routing(layer)?;
         let mut moe = Moe::new(name, self.feed_forward(layer)?, routing)?;
         if let Some(shared) = layer.shared {
             moe = moe.with_shared(shared)?;
@@ -64,9 +77,7 @@ impl MoeModel {
                 "they are not latent",
             ));
         };
-        let routing = self
-            .config()
-            .routing(layer.experts, layer.layout, layer.router_bias)?;
+        let routing = self.routing(layer)?;
         let expert = self.feed_forward(layer)?;
         let mut moe = LatentMoe::new(name, expert, latent.latent, latent.groups, routing)?;
         if let Some(shared) = layer.shared {

@@ -95,25 +95,12 @@ impl MoeModel {
         })
     }
 
-    fn wrong(&self, reason: String) -> Error {
-        Error::Format {
-            path: self.folder.clone(),
-            reason,
-        }
-    }
-
     /// A tensor in 32 bits, all of whose numbers are finite.
     fn floats(&self, name: &str) -> Result<Tensor> {
-        let tensor = self.checkpoint.tensor(name)?;
-        let tensor = match tensor.as_f32() {
-            Some(_) => tensor,
-            None => Tensor::f32(tensor.shape(), tensor.to_f32())?,
-        };
-        match tensor.first_not_finite() {
-            None => Ok(tensor),
-            Some(element) => Err(self.wrong(format!(
-                "tensor `{name}` holds a NaN or an infinity (element {element})"
-            ))),
+        let tensor = self.checkpoint.finite_tensor(name)?;
+        match tensor.as_f32() {
+            Some(_) => Ok(tensor),
+            None => Tensor::f32(tensor.shape(), tensor.to_f32()),
         }
     }
 
@@ -141,7 +128,7 @@ impl MoeModel {
         let path = &layer.path;
         if layer.layout == MoeLayout::Fused {
             let both = self.floats(&format!("{path}.experts.{FUSED_GATE_UP}"))?;
-            let mut halves = [const { Vec::<f32>::new() }; 2];
+            let mut halves = [(); 2].map(|()| Vec::with_capacity(e * m * n));
             let each = both.as_f32().unwrap_or_default().chunks_exact(m * n);
             for (number, half) in each.enumerate() {
                 halves[number % 2].extend_from_slice(half);

@@ -11,6 +11,7 @@ use crate::formats::moe::latent::latent_name;
 use crate::formats::moe::layout::{
     FUSED_DOWN, FUSED_GATE_UP, LATENT_EXPERT_PARTS, LATENT_GROUP_PARTS, MoeLayout,
 };
+use crate::formats::moe::weights::equal_groups;
 use crate::formats::{Checkpoint, TensorEntry};
 use crate::layers::SharedExpert;
 
@@ -85,6 +86,7 @@ fn order(path: &str) -> Vec<(u64, String)> {
 struct Scan<'a> {
     folder: &'a Path,
     checkpoint: &'a Checkpoint,
+    config: &'a MoeConfig,
     latent: Option<LatentConfig>,
 }
 
@@ -97,6 +99,7 @@ pub(crate) fn scan(
     let scan = Scan {
         folder,
         checkpoint,
+        config,
         latent: config.latent()?,
     };
     // What stands behind `experts.` and `groups.`, by layer.
@@ -224,6 +227,7 @@ impl Scan<'_> {
             layer.router_bias = true;
         }
         self.shared(&mut layer)?;
+        self.config.check_layer(path, experts, layer.shared)?;
         Ok(layer)
     }
 
@@ -278,12 +282,7 @@ impl Scan<'_> {
         };
         let (g, l) = (config.groups, config.latent);
         let why = format!("{experts} experts of width {n} in {g} groups of latent width {l}");
-        let sizes = |group| expert_to_group.iter().filter(|of| **of == group).count();
-        if expert_to_group.len() != experts
-            || g == 0
-            || g > experts
-            || (0..g).any(|group| sizes(group) * g != experts)
-        {
+        if expert_to_group.len() != experts || !equal_groups(expert_to_group, g) {
             return Err(self.wrong(format!(
                 "config.json: `rankmix_latent_moe.expert_to_group` of `{path}` does not fit {why}"
             )));

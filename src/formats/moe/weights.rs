@@ -67,6 +67,22 @@ fn expect(what: &'static str, tensor: &Tensor, expected: [usize; 3]) -> Result<(
     ))
 }
 
+/// Whether experts in these groups make `groups` groups of one size.
+pub(crate) fn equal_groups(expert_to_group: &[usize], groups: usize) -> bool {
+    let experts = expert_to_group.len();
+    if groups == 0 || groups > experts {
+        return false;
+    }
+    let mut sizes = vec![0; groups];
+    for group in expert_to_group {
+        match sizes.get_mut(*group) {
+            Some(size) => *size += 1,
+            None => return false,
+        }
+    }
+    sizes.iter().all(|size| size * groups == experts)
+}
+
 impl MoeExperts {
     /// The number of experts E, the intermediate width m and the hidden width n.
     ///
@@ -109,36 +125,24 @@ impl LatentExperts {
                 expect("down_expert", expert, [experts, latent, intermediate])?;
             }
         }
-        let mut sizes = vec![0; groups];
-        for group in &self.expert_to_group {
-            match sizes.get_mut(*group) {
-                Some(size) => *size += 1,
-                None => {
-                    return Err(Error::shape(
-                        "expert_to_group",
-                        format!("group {group} of {groups}"),
-                    ));
-                }
-            }
-        }
-        if self.expert_to_group.len() != experts
-            || sizes.iter().any(|size| size * groups != experts)
-        {
+        if self.expert_to_group.len() != experts || !equal_groups(&self.expert_to_group, groups) {
             return Err(Error::shape(
                 "expert_to_group",
-                format!("{experts} experts in groups of {sizes:?}: all are to be of one size"),
+                format!("{experts} experts are to be in {groups} groups of one size"),
             ));
         }
         Ok([experts, groups, latent, intermediate, hidden])
     }
 
-    /// The experts of each group, in ascending order.
+    /// The experts of each group, in ascending order; those whose group is beyond [`LatentExperts::gate_latent`] are in none.
     #[must_use]
     pub fn members(&self) -> Vec<Vec<usize>> {
-        let groups = self.expert_to_group.iter().max().map_or(0, |last| last + 1);
-        let mut members = vec![Vec::new(); groups];
+        let groups = self.gate_latent.shape().dims().first().copied();
+        let mut members = vec![Vec::new(); groups.unwrap_or(0)];
         for (expert, group) in self.expert_to_group.iter().enumerate() {
-            members[*group].push(expert);
+            if let Some(members) = members.get_mut(*group) {
+                members.push(expert);
+            }
         }
         members
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rankmix::convert::{LatentOptions, ModelOptions, convert_model};
 use rankmix::formats::{Checkpoint, Dtype, MoeModel};
-use rankmix::{Error, Result};
+use rankmix::{Device, Error, ParameterStore, Result};
 use serde_json::json;
 
 use super::written::{EXPERTS, FAMILIES, Family, HIDDEN, INTERMEDIATE, Model, Stored, stored};
@@ -266,8 +266,13 @@ fn outputs_that_are_in_the_way_are_left_alone() {
     };
     assert_eq!(layer(&out), Some(4));
     assert!(!partial.exists());
-    // The old output under the name that it has between two renames, where two folders cannot exchange theirs.
+    // The old output under the name that it has between two renames, where two folders cannot exchange theirs: the new one is whole. A folder of that
+    // name alone is the user's.
     fs::rename(&out, &previous).expect("the output");
+    let kept = contents(&previous);
+    convert(&source, &out, &options()).expect("there is no output");
+    assert!(contents(&previous) == kept);
+    fs::rename(&out, &partial).expect("the output");
     convert(&source, &out, &options()).expect_err("it is there already");
     assert_eq!(layer(&out), Some(4));
     assert!(!previous.exists());
@@ -315,9 +320,7 @@ fn routers_of_other_kinds_are_refused_when_they_are_to_be_computed() -> Result<(
         // That the model can be opened and converted does not depend on it.
         let opened = MoeModel::open(&source).expect("a sound model");
         let layer = &opened.layers()[0];
-        let routing = opened
-            .config()
-            .routing(layer.experts, layer.layout, layer.router_bias);
+        let routing = opened.config().routing(layer.experts, layer.router_bias);
         routing.and(opened.config().activation())
     };
     assert!(with("n_group", json!(1)).is_ok());
@@ -333,7 +336,76 @@ fn routers_of_other_kinds_are_refused_when_they_are_to_be_computed() -> Result<(
         let known = matches!(error, Error::Format { .. } | Error::Setting { .. });
         assert!(known, "{key}: {error}");
     }
+    // What transformers takes where a key is missing: 8 groups, of which 4 are chosen.
+    let error = with("n_group", json!(null)).expect_err("groups of a choice");
+    assert!(error.to_string().contains("`n_group` = 8"), "{error}");
     Ok(())
+}
+
+/// Opens a model and puts its first layer into a store.
+fn load(model: &Model) -> Result<()> {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    model.write(folder.path(), 1);
+    let opened = MoeModel::open(folder.path())?;
+    let store = ParameterStore::new(&Device::cpu());
+    opened
+        .load_moe(&opened.layers()[0], &store, "moe")
+        .map(|_| ())
+}
+
+#[test]
+fn what_a_family_has_must_be_there() {
+    let without = |family: Family, end: &str| {
+        let mut model = family.model(1, Dtype::F32);
+        let count = model.tensors.len();
+        model.tensors.retain(|tensor| !tensor.name.ends_with(end));
+        assert!(model.tensors.len() < count, "no tensor {end}");
+        load(&model)
+    };
+    for (family, end) in [
+        (Family::Qwen2, "shared_expert_gate.weight"),
+        (Family::DeepSeekV3, "e_score_correction_bias"),
+    ] {
+        load(&family.model(1, Dtype::F32)).expect("a sound model");
+        let error = without(family, end).expect_err("this must be refused");
+        assert!(
+            matches!(error, Error::Format { .. }) && error.to_string().contains(end),
+            "{error}"
+        );
+    }
+
+    let with = |key: &str, value: serde_json::Value| {
+        let mut model = Family::Mixtral.model(1, Dtype::F32);
+        model.config[key] = value;
+        load(&model)
+    };
+    with("num_local_experts", json!(EXPERTS)).expect("the number that it has");
+    for (key, value) in [
+        ("num_local_experts", json!(EXPERTS + 1)),
+        ("n_shared_experts", json!(1)),
+        // Others name their matrices as Mixtral does, and route otherwise.
+        ("model_type", json!("phimoe")),
+    ] {
+        let error = with(key, value).expect_err("this must be refused");
+        assert!(matches!(error, Error::Format { .. }), "{key}: {error}");
+    }
+
+    let mut model = Family::Mixtral.model(1, Dtype::F32);
+    let end = format!("{}.gate.weight", Family::Mixtral.block());
+    let router = model
+        .tensors
+        .iter()
+        .find(|tensor| tensor.name.ends_with(&end));
+    let router = router.expect("a router").name.clone();
+    let name = router.replace("gate.weight", "e_score_correction_bias");
+    model.tensors.push(stored(
+        name.clone(),
+        &[EXPERTS],
+        &[0.5; EXPERTS],
+        Dtype::F32,
+    ));
+    let error = load(&model).expect_err("a bias that is not known");
+    assert!(error.to_string().contains(&name), "{error}");
 }
 
 #[test]

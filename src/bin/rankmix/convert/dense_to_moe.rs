@@ -41,6 +41,12 @@ pub(crate) struct Options {
     /// Of everything random.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
+    /// Replace OUT_DIR if it is an output of a conversion. The old one stays until the new one is whole.
+    #[arg(long)]
+    overwrite: bool,
+    /// Throw away what a conversion with other options has left unfinished in OUT_DIR.partial.
+    #[arg(long)]
+    restart: bool,
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -58,6 +64,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         },
         activations: options.activations.clone(),
         seed: options.seed,
+        overwrite: options.overwrite,
+        restart: options.restart,
     };
     let reports = convert_dense_model(&options.model, &options.out_dir, &conversion, &progress);
     bar.finish_and_clear();

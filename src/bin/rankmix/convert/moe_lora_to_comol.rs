@@ -33,9 +33,14 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let inputs = [options.mixture.as_path()];
     check_comol_folder(&options.out, &inputs, options.overwrite)?;
+    let mut plain = Vec::new();
     let mixture = match Adapter::read(&options.mixture)? {
         Adapter::Mixture(mixture) => mixture,
-        Adapter::MoePeft(adapter) => adapter.mixture,
+        Adapter::MoePeft(adapter) => {
+            let paths = adapter.plain.pairs.keys();
+            plain.extend(paths.map(|path| format!("the plain LoRA of `{path}`")));
+            adapter.mixture
+        }
         Adapter::Lora(_) => {
             return Err(Error::Setting {
                 setting: "MOE_LORA_DIR",
@@ -54,8 +59,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             CoreRouting::Raw
         },
     };
-    let (comol, report) = moe_lora_to_comol(&mixture, &conversion, |_| bar.inc(1))?;
+    let (comol, mut report) = moe_lora_to_comol(&mixture, &conversion, |_| bar.inc(1))?;
     bar.finish_and_clear();
+    report.left_out.extend(plain);
     write_comol(&options.out, &inputs, options.overwrite, &comol, &report)?;
     let kind = mixture
         .kind()
