@@ -5,17 +5,41 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::de::DeserializeOwned;
+
 use crate::error::{Error, Result};
+
+/// What a failure of the system at a file becomes.
+pub(crate) fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    move |source| Error::File {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// What becomes of a reason why a file is damaged.
+pub(crate) fn damaged(path: &Path) -> impl FnOnce(String) -> Error {
+    move |reason| Error::Format {
+        path: path.to_owned(),
+        reason,
+    }
+}
+
+/// What a file of JSON holds.
+///
+/// # Errors
+/// [`Error::File`] if it cannot be read, [`Error::Format`] if it holds something else.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = read_text(path)?;
+    serde_json::from_str(&text).map_err(|error| damaged(path)(error.to_string()))
+}
 
 /// The whole of a text file.
 ///
 /// # Errors
 /// [`Error::File`] if it cannot be read.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
-    fs::read_to_string(path).map_err(|source| Error::File {
-        path: path.to_owned(),
-        source,
-    })
+    fs::read_to_string(path).map_err(failed(path))
 }
 
 /// Writes a file under a temporary name beside it, which is this call's own, and renames it. Of several at once, the last one's stays.

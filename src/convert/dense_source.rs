@@ -184,12 +184,7 @@ impl DenseSource {
         match self {
             Self::Safetensors { folder, .. } => {
                 let path = folder.join("config.json");
-                let text = file::read_text(&path)?;
-                let keys: Map<String, Value> =
-                    serde_json::from_str(&text).map_err(|error| Error::Format {
-                        path: path.clone(),
-                        reason: error.to_string(),
-                    })?;
+                let keys: Map<String, Value> = file::read_json(&path)?;
                 match keys.get("hidden_act").and_then(Value::as_str) {
                     None | Some("silu" | "swish") => Ok(keys),
                     Some(other) => Err(Error::Format {

@@ -7,7 +7,6 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use safetensors::tensor::Dtype;
-use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::convert::model_report::{ModelReport, RunFacts, peak_memory_bytes};
@@ -15,7 +14,7 @@ use crate::convert::plan::{
     Content, LatentWidths, LayerRecord, RECORD, Shard, dtype_of, is_written, record_of, shards,
 };
 use crate::convert::source::{copy_others, identity};
-use crate::convert::stage::{Fingerprint, REPORT, Replacement, Stage};
+use crate::convert::stage::{Fingerprint, REPORT, Replacement, Stage, json_of};
 use crate::convert::{Calibration, LatentOptions, LayerReport, convert_layer};
 use crate::error::{Error, Result};
 use crate::formats::{
@@ -164,13 +163,6 @@ pub fn convert_model(
     }
     stage.publish(&document)?;
     Ok(report)
-}
-
-fn json_of(what: &str, value: &impl Serialize) -> Result<Value> {
-    serde_json::to_value(value).map_err(|error| Error::Format {
-        path: what.into(),
-        reason: error.to_string(),
-    })
 }
 
 /// The options that decide what is written, as JSON.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::convert::LayerReport;
 use crate::error::{Error, Result};
-use crate::formats::{Checkpoint, ModelWriter, MoeLayer, MoeModel};
+use crate::formats::{Checkpoint, ModelWriter, MoeLayer, MoeModel, latent_parts};
 
 /// What a file of tensors that are only copied holds at the most, unless one tensor is larger.
 const SHARD_BYTES: usize = 512 << 20;
@@ -87,25 +87,12 @@ pub(crate) fn dtype_of(layer: &MoeLayer, chosen: Option<Dtype>) -> Dtype {
 impl LatentWidths {
     /// Whether the file of a layer's latent experts has exactly the tensors that it must have.
     fn are_those_of(self, layer: &MoeLayer, file: &Checkpoint, dtype: Dtype) -> bool {
-        let (n, m, l) = (layer.hidden, layer.intermediate, self.latent);
-        let mut parts = vec![
-            ("groups", self.groups, "gate_latent", [l, n]),
-            ("groups", self.groups, "up_latent", [l, n]),
-            ("experts", layer.experts, "gate_expert", [m, l]),
-            ("experts", layer.experts, "up_expert", [m, l]),
-        ];
-        if self.factored_down {
-            parts.push(("groups", self.groups, "down_latent", [n, l]));
-            parts.push(("experts", layer.experts, "down_expert", [l, m]));
-        } else {
-            parts.push(("experts", layer.experts, "down", [n, m]));
-        }
+        let widths = [layer.hidden, layer.intermediate, self.latent];
         let mut count = 0;
-        for (of, numbers, part, shape) in parts {
-            for number in 0..numbers {
-                let name = format!("{}.{of}.{number}.{part}.weight", layer.path);
+        for part in latent_parts(layer.experts, self.groups, widths, self.factored_down) {
+            for name in part.names(&layer.path) {
                 let entry = file.entry(&name);
-                if entry.is_none_or(|entry| entry.shape != shape || entry.dtype != dtype) {
+                if entry.is_none_or(|entry| entry.shape != part.shape || entry.dtype != dtype) {
                     return false;
                 }
                 count += 1;

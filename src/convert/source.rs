@@ -7,8 +7,8 @@ use std::time::UNIX_EPOCH;
 
 use serde_json::{Value, json};
 
-use crate::error::{Error, Result};
-use crate::file;
+use crate::error::Result;
+use crate::file::{self, failed as at};
 use crate::formats::Checkpoint;
 
 /// Weights in other formats, which would still be those of the source.
@@ -23,13 +23,6 @@ const OTHER_WEIGHTS: [&str; 9] = [
     "onnx",
     "ot",
 ];
-
-fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::File {
-        path: path.to_owned(),
-        source,
-    }
-}
 
 /// A file's name, size and time of its last change.
 fn facts(path: &Path) -> Result<Value> {

@@ -8,10 +8,11 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
-use crate::file;
+use crate::file::{self, failed as at};
 use crate::formats::write_json;
 
 /// The report of a conversion; while it goes on, what it is a conversion of.
@@ -46,6 +47,11 @@ pub(crate) struct Replacement {
     pub(crate) restart: bool,
 }
 
+/// A value as JSON; the path is for the message.
+pub(crate) fn json_of(path: impl AsRef<Path>, value: &impl Serialize) -> Result<Value> {
+    serde_json::to_value(value).map_err(|error| file::damaged(path.as_ref())(error.to_string()))
+}
+
 /// The folder in the making.
 #[derive(Debug)]
 pub(crate) struct Stage {
@@ -56,13 +62,6 @@ pub(crate) struct Stage {
     pub(crate) notice: Option<String>,
     /// Held as long as the folder is written to.
     _lock: Option<fs::File>,
-}
-
-fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::File {
-        path: path.to_owned(),
-        source,
-    }
 }
 
 pub(crate) fn refused(path: &Path, reason: impl Into<String>) -> Error {
@@ -264,10 +263,14 @@ fn not_ours() -> String {
     format!("there is no {REPORT} in it: what no conversion has made is not replaced")
 }
 
+/// The report in a folder; null if there is none that can be read.
+fn report_in(folder: &Path) -> Value {
+    file::read_json(&folder.join(REPORT)).unwrap_or_default()
+}
+
 /// Whether a folder holds the report of a conversion that came to its end.
 fn is_finished(folder: &Path) -> bool {
-    let text = fs::read_to_string(folder.join(REPORT)).unwrap_or_default();
-    let report: Value = serde_json::from_str(&text).unwrap_or_default();
+    let report = report_in(folder);
     report.is_object() && report.get("unfinished").is_none()
 }
 
@@ -323,22 +326,17 @@ fn found(out: &Path, partial: &Path, fingerprint: &Fingerprint) -> Result<Found>
     if !path.exists() {
         return Ok(Found::Nothing);
     }
-    let text = file::read_text(&path)?;
-    let report: Value = serde_json::from_str(&text).map_err(|error| Error::Format {
-        path,
-        reason: error.to_string(),
-    })?;
+    let report: Value = file::read_json(&path)?;
     let Some(other) = Fingerprint::of(&report) else {
         return Ok(Found::Finished);
     };
     // Under the partial name a whole folder is the old output after an exchange, or the new one before it, or before its only rename.
     let is_whole = report.get("unfinished").is_none();
-    if is_whole && out.exists() {
-        let text = fs::read_to_string(out.join(REPORT)).unwrap_or_default();
-        let published: Value = serde_json::from_str(&text).unwrap_or_default();
-        if other != *fingerprint || Fingerprint::of(&published).as_ref() == Some(fingerprint) {
-            return Ok(Found::Finished);
-        }
+    if is_whole
+        && out.exists()
+        && (other != *fingerprint || Fingerprint::of(&report_in(out)).as_ref() == Some(fingerprint))
+    {
+        return Ok(Found::Finished);
     }
     Ok(if other == *fingerprint {
         Found::Same

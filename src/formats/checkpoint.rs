@@ -108,8 +108,7 @@ impl Checkpoint {
             path: path.to_owned(),
             reason,
         };
-        let text = file::read_text(path)?;
-        let index: Index = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
+        let index: Index = file::read_json(path)?;
         let folder = path.parent().unwrap_or(Path::new(""));
         let mut checkpoint = Self::empty();
         let mut number_of = BTreeMap::new();
@@ -251,6 +250,18 @@ impl Checkpoint {
                 &format!("holds a NaN or an infinity (element {element})"),
             )),
         }
+    }
+
+    /// The extents of a tensor that must be a matrix.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if it is not there or none.
+    pub(crate) fn matrix(&self, name: &str) -> Result<[usize; 2]> {
+        let Some(entry) = self.entry(name) else {
+            return Err(self.wrong(name, "it is missing"));
+        };
+        <[usize; 2]>::try_from(entry.shape.as_slice())
+            .map_err(|_| self.wrong(name, &format!("{:?} is no matrix", entry.shape)))
     }
 
     /// What is wrong with a tensor: an error that names it, its file and its place there.

@@ -5,8 +5,10 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::convert::core::CoreReport;
-use crate::convert::stage::{self, Fingerprint, REPORT, Replacement, Stage, names, refused};
-use crate::error::{Error, Result};
+use crate::convert::stage::{
+    self, Fingerprint, REPORT, Replacement, Stage, json_of, names, refused,
+};
+use crate::error::Result;
 use crate::formats::MixtureAdapter;
 
 /// What may be in a folder that is replaced: a user who names another one by mistake loses nothing.
@@ -15,7 +17,7 @@ const OURS: [&str; 3] = ["adapter_config.json", "adapter_model.safetensors", REP
 /// Checks that [`write_comol`] could make this folder, and makes nothing.
 ///
 /// # Errors
-/// [`Error::File`] if the path is taken and may not be replaced, or lies in one of the inputs or one of them in it, or an input is not there.
+/// [`Error::File`](crate::Error::File) if the path is taken and may not be replaced, or lies in one of the inputs or one of them in it, or an input is not there.
 pub fn check_comol_folder(out: &Path, inputs: &[&Path], overwrite: bool) -> Result<()> {
     stage::check(out, inputs, overwrite)?;
     if out.exists() {
@@ -35,7 +37,7 @@ pub fn check_comol_folder(out: &Path, inputs: &[&Path], overwrite: bool) -> Resu
 /// whole; over an old one with `overwrite`, so that at any moment the old one or the whole new one is there.
 ///
 /// # Errors
-/// As [`check_comol_folder`]; [`Error::File`] if it cannot be written or another process is at it, or as [`MixtureAdapter::write`].
+/// As [`check_comol_folder`]; [`Error::File`](crate::Error::File) if it cannot be written or another process is at it, or as [`MixtureAdapter::write`].
 pub fn write_comol(
     out: &Path,
     inputs: &[&Path],
@@ -55,9 +57,5 @@ pub fn write_comol(
     };
     let stage = Stage::open(out, inputs, &fingerprint, replacement)?;
     adapter.write(stage.folder())?;
-    let report = serde_json::to_value(report).map_err(|error| Error::Format {
-        path: out.join(REPORT),
-        reason: error.to_string(),
-    })?;
-    stage.publish(&report)
+    stage.publish(&json_of(out.join(REPORT), report)?)
 }

@@ -176,13 +176,7 @@ impl MoePeftAdapter {
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let path = folder.join(CONFIG);
-        let wrong = |reason: String| Error::Format {
-            path: path.clone(),
-            reason,
-        };
-        let object = serde_json::from_str(&file::read_text(&path)?)
-            .map_err(|error| wrong(error.to_string()))?;
-        let config = MoePeftConfig::of(object).map_err(wrong)?;
+        let config = MoePeftConfig::of(file::read_json(&path)?).map_err(file::damaged(&path))?;
         Self::from_checkpoint(config, &path, &open_tensors(folder)?)
     }
 
@@ -345,12 +339,6 @@ impl Reader<'_> {
     /// The extents of a tensor that must be a matrix.
     fn matrix(&self, name: &str) -> Result<[usize; 2]> {
         let name = format!("{}{name}", self.config.prefix());
-        let Some(entry) = self.checkpoint.entry(&name) else {
-            return Err(self.checkpoint.wrong(&name, "it is missing"));
-        };
-        <[usize; 2]>::try_from(entry.shape.as_slice()).map_err(|_| {
-            let reason = format!("{:?} is no matrix", entry.shape);
-            self.checkpoint.wrong(&name, &reason)
-        })
+        self.checkpoint.matrix(&name)
     }
 }

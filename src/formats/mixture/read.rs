@@ -95,13 +95,7 @@ impl MixtureAdapter {
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let path = folder.join(CONFIG);
-        let wrong = |reason: String| Error::Format {
-            path: path.clone(),
-            reason,
-        };
-        let object = serde_json::from_str(&file::read_text(&path)?)
-            .map_err(|error| wrong(error.to_string()))?;
-        let config = MixtureConfig::of(object).map_err(wrong)?;
+        let config = MixtureConfig::of(file::read_json(&path)?).map_err(file::damaged(&path))?;
         Self::from_checkpoint(config, &path, &open_tensors(folder)?)
     }
 
@@ -161,7 +155,8 @@ impl MixtureAdapter {
             for mut part in parts {
                 if part.parameter == "router" && options.gate_of().is_some() {
                     // A block's gate is as wide as what the block reads.
-                    part.dims[1] = matrix(checkpoint, &part.file_name(0))?[1];
+                    let gate = format!("{PREFIX}{}", part.file_name(0));
+                    part.dims[1] = checkpoint.matrix(&gate)?[1];
                 }
                 let tensor = match adapter.tensors.get(&part.store_name()) {
                     None => read_part(checkpoint, &part)?,
@@ -212,21 +207,10 @@ fn check_metadata(checkpoint: &Checkpoint) -> Result<()> {
     Ok(())
 }
 
-/// The extents of a tensor that must be a matrix.
-fn matrix(checkpoint: &Checkpoint, name: &str) -> Result<[usize; 2]> {
-    let name = format!("{PREFIX}{name}");
-    let Some(entry) = checkpoint.entry(&name) else {
-        return Err(checkpoint.wrong(&name, "it is missing"));
-    };
-    <[usize; 2]>::try_from(entry.shape.as_slice()).map_err(|_| {
-        let reason = format!("{:?} is no matrix", entry.shape);
-        checkpoint.wrong(&name, &reason)
-    })
-}
-
 /// The widths of a layer's input and output.
 fn widths(checkpoint: &Checkpoint, [a, b]: &[String; 2]) -> Result<[usize; 2]> {
-    Ok([matrix(checkpoint, a)?[1], matrix(checkpoint, b)?[0]])
+    let extents = |name: &str| checkpoint.matrix(&format!("{PREFIX}{name}"));
+    Ok([extents(a)?[1], extents(b)?[0]])
 }
 
 fn read_part(checkpoint: &Checkpoint, part: &Part) -> Result<Tensor> {

@@ -53,11 +53,7 @@ impl MoeConfig {
     /// # Errors
     /// [`Error::File`] if it cannot be read, [`Error::Format`] if it is no JSON object.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = file::read_text(path)?;
-        let keys = serde_json::from_str(&text).map_err(|error| Error::Format {
-            path: path.to_owned(),
-            reason: error.to_string(),
-        })?;
+        let keys = file::read_json(path)?;
         Ok(Self {
             path: path.to_owned(),
             keys,

@@ -12,6 +12,8 @@ mod weights;
 pub(crate) use self::config::LATENT_KEY;
 pub use self::config::{LATENT_LAYOUT_VERSION, LatentConfig, MoeConfig};
 pub use self::latent::NamedMatrix;
+#[cfg(feature = "convert")]
+pub(crate) use self::latent::latent_parts;
 pub use self::layout::MoeLayout;
 pub use self::model::{MoeModel, SharedMatrices};
 pub use self::scan::{LatentLayer, MoeLayer};

@@ -7,10 +7,8 @@ use safetensors::tensor::Dtype;
 
 use crate::error::{Error, Result};
 use crate::formats::moe::config::{LatentConfig, MoeConfig};
-use crate::formats::moe::latent::latent_name;
-use crate::formats::moe::layout::{
-    FUSED_DOWN, FUSED_GATE_UP, LATENT_EXPERT_PARTS, LATENT_GROUP_PARTS, MoeLayout,
-};
+use crate::formats::moe::latent::{latent_name, latent_parts};
+use crate::formats::moe::layout::{FUSED_DOWN, FUSED_GATE_UP, LATENT_EXPERT_PARTS, MoeLayout};
 use crate::formats::moe::weights::equal_groups;
 use crate::formats::{Checkpoint, TensorEntry};
 use crate::layers::SharedExpert;
@@ -289,24 +287,9 @@ impl Scan<'_> {
         }
         let first = latent_name(&path, "experts", 0, LATENT_EXPERT_PARTS[0]);
         let [m, _] = self.extents(&first, &why)?;
-        let [gate_expert, up_expert, down, down_expert] = LATENT_EXPERT_PARTS;
-        let [gate_latent, up_latent, down_latent] = LATENT_GROUP_PARTS;
-        let mut parts = vec![
-            ("groups", g, gate_latent, [l, n]),
-            ("groups", g, up_latent, [l, n]),
-            ("experts", experts, gate_expert, [m, l]),
-            ("experts", experts, up_expert, [m, l]),
-        ];
-        if config.factored_down {
-            parts.push(("groups", g, down_latent, [n, l]));
-            parts.push(("experts", experts, down_expert, [l, m]));
-        } else {
-            parts.push(("experts", experts, down, [n, m]));
-        }
-        for (of, count, part, shape) in parts {
-            for number in 0..count {
-                let name = latent_name(&path, of, number, part);
-                self.expect(&name, &shape, &why)?;
+        for part in latent_parts(experts, g, [n, m, l], config.factored_down) {
+            for name in part.names(&path) {
+                self.expect(&name, &part.shape, &why)?;
                 layer.tensors.push(name);
             }
         }

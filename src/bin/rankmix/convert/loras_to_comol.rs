@@ -8,7 +8,7 @@ use rankmix::Result;
 use rankmix::convert::{CoreRouter, LoraOptions, check_comol_folder, loras_to_comol, write_comol};
 use rankmix::formats::PeftAdapter;
 
-use crate::convert::summary;
+use crate::convert::{LAYERS, bar, summary};
 
 /// What to convert, and how.
 #[derive(Debug, clap::Args)]
@@ -45,7 +45,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let pairs = adapters
         .iter()
         .flat_map(|(_, adapter)| adapter.pairs.keys());
-    let bar = summary::progress(pairs.collect::<BTreeSet<_>>().len());
+    let bar = bar(LAYERS, pairs.collect::<BTreeSet<_>>().len());
     let conversion = LoraOptions {
         rank: options.rank,
         router: options

@@ -8,7 +8,20 @@ mod summary;
 
 use std::process::ExitCode;
 
+use indicatif::{ProgressBar, ProgressStyle};
 use rankmix::Result;
+
+/// What the bar of a conversion of adapters looks like.
+const LAYERS: &str = "{elapsed_precise} {wide_bar} {pos}/{len} layers";
+
+/// A bar on stderr, if that is a terminal.
+fn bar(template: &str, length: usize) -> ProgressBar {
+    let bar = ProgressBar::new(length as u64);
+    match ProgressStyle::with_template(template) {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}
 
 /// What to make of what.
 #[derive(Debug, clap::Subcommand)]

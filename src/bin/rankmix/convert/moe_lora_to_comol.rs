@@ -8,7 +8,7 @@ use rankmix::formats::Adapter;
 use rankmix::layers::CoreRouting;
 use rankmix::{Error, Result};
 
-use crate::convert::summary;
+use crate::convert::{LAYERS, bar, summary};
 
 /// What to convert, and how.
 #[derive(Debug, clap::Args)]
@@ -50,7 +50,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             });
         }
     };
-    let bar = summary::progress(mixture.layers.len());
+    let bar = bar(LAYERS, mixture.layers.len());
     let conversion = DistillOptions {
         rank: options.rank,
         routing: if options.core_routing {

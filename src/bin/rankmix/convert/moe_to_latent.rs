@@ -4,13 +4,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::ValueEnum;
-use indicatif::{ProgressBar, ProgressStyle};
 use rankmix::convert::{
     GroupBy, LatentOptions, ModelOptions, ModelReport, Progress, SvdMethod, SvdPrecision,
     convert_model,
 };
 use rankmix::formats::Dtype;
 use rankmix::{Error, Result};
+
+use crate::convert::bar;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Grouping {
@@ -143,15 +144,6 @@ impl Options {
 }
 
 /// The style of the bar, on stderr; there is none where that is no terminal.
-fn bar() -> ProgressBar {
-    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} files, {elapsed} [{eta}] {msg}");
-    let bar = ProgressBar::new(0);
-    match style {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
-    }
-}
-
 fn percent(change: f64) -> String {
     format!("{:+.1} %", 100.0 * change)
 }
@@ -231,7 +223,7 @@ fn print(report: &ModelReport) {
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
-    let bar = bar();
+    let bar = bar("{bar:40} {pos}/{len} files, {elapsed} [{eta}] {msg}", 0);
     let listener = |progress: Progress<'_>| match progress {
         Progress::Notice(text) => bar.suspend(|| eprintln!("rankmix: {text}")),
         Progress::Written { finished, of } => {

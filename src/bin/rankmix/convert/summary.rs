@@ -1,17 +1,6 @@
-//! Progress, and what a conversion into CoMoL did in a few lines.
+//! What a conversion into CoMoL did, in a few lines.
 
-use indicatif::{ProgressBar, ProgressStyle};
 use rankmix::convert::CoreReport;
-
-/// A bar on stderr, if that is a terminal.
-pub(crate) fn progress(layers: usize) -> ProgressBar {
-    let style = "{elapsed_precise} {wide_bar} {pos}/{len} layers";
-    let bar = ProgressBar::new(layers as u64);
-    match ProgressStyle::with_template(style) {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
-    }
-}
 
 pub(crate) fn print(report: &CoreReport) {
     let (mut before, mut after) = (0, 0);
