@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use rankmix::Error;
-use rankmix::formats::{Checkpoint, Dtype, ModelWriter, OutputTensor};
+use rankmix::formats::{Dtype, ModelWriter, OutputTensor};
 
 fn floats(name: &str, shape: &[usize], elements: &[f32], dtype: Dtype) -> OutputTensor<'static> {
     OutputTensor::floats(name.to_owned(), shape, Cow::Owned(elements.to_vec()), dtype)
@@ -66,6 +66,7 @@ fn numbers_beyond_their_type_are_refused() {
 #[cfg(unix)]
 #[test]
 fn tensors_are_for_whom_new_files_are() {
+    use rankmix::formats::Checkpoint;
     use std::os::unix::fs::PermissionsExt;
 
     let folder = tempfile::tempdir().expect("a folder of its own");
