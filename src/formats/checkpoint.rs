@@ -180,6 +180,17 @@ impl Checkpoint {
             .map(|(name, entry)| (name.as_str(), entry))
     }
 
+    /// The names that begin like this.
+    pub(crate) fn names_from<'a>(&'a self, beginning: &'a str) -> impl Iterator<Item = &'a str> {
+        let behind = self.tensors.range::<str, _>((
+            std::ops::Bound::Included(beginning),
+            std::ops::Bound::Unbounded,
+        ));
+        behind
+            .map(|(name, _)| name.as_str())
+            .take_while(move |name| name.starts_with(beginning))
+    }
+
     /// The files.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(|(path, _)| path.as_path())
@@ -217,8 +228,7 @@ impl Checkpoint {
     /// A tensor. Elements of type F16 and BF16 become 32-bit floats.
     ///
     /// # Errors
-    /// [`Error::UnknownName`] if it is not there, [`Error::Format`] if its elements are of a type that is not read, or it has an extent of
-    /// 0, [`Error::Limit`] if it has too many elements.
+    /// [`Error::UnknownName`] if it is not there, [`Error::Format`], with its place, if its elements are of a type that is not read.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let entry = self.find(name)?;
         let wrong = |reason: String| self.wrong(name, &reason);

@@ -7,4 +7,5 @@ mod families;
 mod killed;
 #[cfg(feature = "cli")]
 mod program;
+mod sparse_layers;
 mod written;

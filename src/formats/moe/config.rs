@@ -66,7 +66,7 @@ impl MoeConfig {
         &self.keys
     }
 
-    fn wrong(&self, reason: impl Into<String>) -> Error {
+    pub(crate) fn wrong(&self, reason: impl Into<String>) -> Error {
         Error::Format {
             path: self.path.clone(),
             reason: reason.into(),
@@ -74,13 +74,13 @@ impl MoeConfig {
     }
 
     /// A key that is there and not null; models of text and pictures have those of the text in an object of their own.
-    fn value(&self, key: &str) -> Option<&Value> {
+    pub(crate) fn value(&self, key: &str) -> Option<&Value> {
         let of_text = || self.keys.get("text_config").and_then(|text| text.get(key));
         let found = self.keys.get(key).filter(|value| !value.is_null());
         found.or_else(of_text).filter(|value| !value.is_null())
     }
 
-    fn typed<T: serde::de::DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
+    pub(crate) fn typed<T: serde::de::DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
         let Some(value) = self.value(key) else {
             return Ok(None);
         };
@@ -168,11 +168,17 @@ impl MoeConfig {
     /// How tokens find their experts, of which there are so many, with or without a bias of the choice.
     ///
     /// # Errors
-    /// [`Error::Format`] if the router is of a kind that [`Routing`] does not compute: a choice limited to some groups of experts, other
-    /// scores than softmax and sigmoid; [`Error::Setting`] if its numbers make no sense.
+    /// [`Error::Format`] if a token takes more experts than there are, or the router is of a kind that [`Routing`] does not compute: a choice
+    /// limited to some groups of experts, other scores than softmax and sigmoid; [`Error::Setting`] if its numbers make no sense.
     pub fn routing(&self, experts: usize, bias: bool) -> Result<Routing> {
         let family = self.model_type();
-        let mut routing = Routing::new(experts, self.top_k()?);
+        let top_k = self.top_k()?;
+        if top_k > experts {
+            return Err(self.wrong(format!(
+                "a token takes {top_k} experts, and there are {experts}"
+            )));
+        }
+        let mut routing = Routing::new(experts, top_k);
         let score: Option<String> = self.typed("scoring_func")?;
         routing.score = match score.as_deref() {
             Some("sigmoid") => Score::Sigmoid,

@@ -6,6 +6,7 @@ mod layout;
 mod load;
 mod model;
 mod scan;
+mod sparse_layers;
 mod weights;
 
 #[cfg(feature = "convert")]

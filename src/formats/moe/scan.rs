@@ -112,9 +112,12 @@ pub(crate) fn scan(
         let router = routers.iter().any(|end| name.ends_with(end));
         let path = name.strip_suffix(".gate.weight");
         if let Some(path) = path.filter(|path| router && !paths.contains_key(path)) {
-            return Err(scan.wrong(format!(
-                "tensor `{name}` is a router, and there is no tensor of an expert under `{path}{EXPERTS}`"
-            )));
+            return Err(checkpoint.wrong(
+                name,
+                &format!(
+                    "it is a router, and there is no tensor of an expert under `{path}{EXPERTS}`"
+                ),
+            ));
         }
     }
     let mut layers = paths
@@ -122,6 +125,7 @@ pub(crate) fn scan(
         .map(|(path, rests)| scan.layer(path, rests))
         .collect::<Result<Vec<_>>>()?;
     layers.sort_by_key(|layer| order(&layer.path));
+    config.check_mixtures(&layers)?;
     Ok(layers)
 }
 
@@ -146,26 +150,29 @@ impl Scan<'_> {
             .ok()
             .filter(|extents| !extents.contains(&0))
             .ok_or_else(|| {
-                self.wrong(format!(
-                    "tensor `{name}` has the shape {shape:?}: {N} extents of at least 1 are expected"
-                ))
+                self.checkpoint.wrong(
+                    name,
+                    &format!("it has the shape {shape:?}: {N} extents of at least 1 are expected"),
+                )
             })
     }
 
     fn expect(&self, name: &str, expected: &[usize], why: &str) -> Result<()> {
         let entry = self.find(name, why)?;
         if entry.shape != expected {
-            return Err(self.wrong(format!(
-                "tensor `{name}` has the shape {:?}: {expected:?} is expected ({why})",
+            let reason = format!(
+                "it has the shape {:?}: {expected:?} is expected ({why})",
                 entry.shape
-            )));
+            );
+            return Err(self.checkpoint.wrong(name, &reason));
         }
         let read = [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64];
         if !read.contains(&entry.dtype) {
-            return Err(self.wrong(format!(
-                "tensor `{name}` has elements of type {:?}: F64, F32, F16 and BF16 are read",
+            let reason = format!(
+                "its elements are of type {:?}: F64, F32, F16 and BF16 are read",
                 entry.dtype
-            )));
+            );
+            return Err(self.checkpoint.wrong(name, &reason));
         }
         Ok(())
     }
@@ -174,9 +181,10 @@ impl Scan<'_> {
         let mut layouts: Vec<MoeLayout> = Vec::new();
         for rest in rests {
             let Some(layout) = MoeLayout::of(rest) else {
-                return Err(self.wrong(format!(
-                    "tensor `{path}{EXPERTS}{rest}` is of no layout of experts that is read"
-                )));
+                return Err(self.checkpoint.wrong(
+                    &format!("{path}{EXPERTS}{rest}"),
+                    "it is of no layout of experts that is read",
+                ));
             };
             if !layouts.contains(&layout) {
                 layouts.push(layout);
@@ -214,9 +222,10 @@ impl Scan<'_> {
         for rest in rests {
             let name = format!("{path}{EXPERTS}{rest}");
             if !known.contains(name.as_str()) {
-                return Err(self.wrong(format!(
-                    "tensor `{name}` belongs to none of the {experts} experts that the router has"
-                )));
+                return Err(self.checkpoint.wrong(
+                    &name,
+                    &format!("it belongs to none of the {experts} experts that the router has"),
+                ));
             }
         }
         let bias = format!("{path}.{ROUTER_BIAS}");
@@ -254,10 +263,10 @@ impl Scan<'_> {
         let names = [FUSED_GATE_UP, FUSED_DOWN].map(|part| format!("{path}{EXPERTS}{part}"));
         let [_, twice, _] = self.extents(&names[0], &why)?;
         if !twice.is_multiple_of(2) {
-            return Err(self.wrong(format!(
-                "tensor `{}` has {twice} rows an expert: gate and up are to have as many each",
-                names[0]
-            )));
+            return Err(self.checkpoint.wrong(
+                &names[0],
+                &format!("it has {twice} rows an expert: gate and up are to have as many each"),
+            ));
         }
         let m = twice / 2;
         self.expect(&names[0], &[experts, twice, n], &why)?;
@@ -292,6 +301,13 @@ impl Scan<'_> {
                 self.expect(&name, &part.shape, &why)?;
                 layer.tensors.push(name);
             }
+        }
+        let known: BTreeSet<&str> = layer.tensors().collect();
+        let groups = format!("{path}.groups.");
+        let mut of_groups = self.checkpoint.names_from(&groups);
+        if let Some(stray) = of_groups.find(|name| !known.contains(name)) {
+            let reason = format!("it belongs to none of the {why}");
+            return Err(self.checkpoint.wrong(stray, &reason));
         }
         layer.intermediate = m;
         layer.latent = Some(LatentLayer {
