@@ -26,7 +26,12 @@ export PATH="$RANKMIX_TOOLS/cargo-fuzz/bin:$PATH"
 # What is found stays from run to run.
 corpus="$RANKMIX_TOOLS/fuzz/corpus"
 seeds=$(mktemp -d)
-trap 'rm -rf "$seeds" /dev/shm/rankmix-fuzz-*' EXIT
+# In memory where the machine has such a file system: every input is a file or more.
+memory=/dev/shm
+if [ ! -d "$memory" ]; then memory=${TMPDIR:-/tmp}; fi
+RANKMIX_FUZZ_FILES=$(mktemp -d "$memory/rankmix-fuzz.XXXXXX")
+export RANKMIX_FUZZ_FILES
+trap 'rm -rf "$seeds" "$RANKMIX_FUZZ_FILES"' EXIT
 cargo run --release --quiet --example formats -- "$seeds/formats" >&2
 seed() { # target, pattern: the example's files of that name, numbered
   local number=0 file
@@ -42,6 +47,30 @@ seed adapter 'adapter_config.json'
 mkdir -p "$corpus/safetensors_index" "$seeds/safetensors_index"
 printf '{"weight_map":{"a":"a.safetensors","b":"b.safetensors"}}' > "$seeds/safetensors_index/1"
 
+mkdir -p "$corpus/moe_model" "$seeds/moe_model"
+model() { # config.json, then names and shapes
+  local config=$1
+  shift
+  printf '%s\0' "$config"
+  printf 'model.layers.0.mlp.%s\n' "$@"
+}
+config='{"model_type":"qwen3_moe","num_experts_per_tok":1,"norm_topk_prob":true,"hidden_act":"silu","num_hidden_layers":1'
+model "$config}" "gate.weight 2 4" experts.{0,1}".gate_proj.weight 3 4" experts.{0,1}".up_proj.weight 3 4" experts.{0,1}".down_proj.weight 4 3" \
+  > "$seeds/moe_model/1"
+model "$config}" "gate.weight 2 4" "experts.gate_up_proj 2 6 4" "experts.down_proj 2 4 3" "shared_expert_gate.weight 1 4" \
+  "shared_expert.gate_proj.weight 2 4" "shared_expert.up_proj.weight 2 4" "shared_expert.down_proj.weight 4 2" > "$seeds/moe_model/2"
+model "$config"',"rankmix_latent_moe":{"format_version":1,"groups":1,"latent":2,"factored_down":false,"expert_to_group":{"model.layers.0.mlp":[0,0]}}}' \
+  "gate.weight 2 4" "groups.0.gate_latent.weight 2 4" "groups.0.up_latent.weight 2 4" experts.{0,1}".gate_expert.weight 3 2" \
+  experts.{0,1}".up_expert.weight 3 2" experts.{0,1}".down.weight 4 3" > "$seeds/moe_model/3"
+
+# Before any of them runs: what does not compile has not found anything.
+for target in "${targets[@]}"; do
+  cargo +nightly fuzz build --fuzz-dir fuzz --target-dir "$RANKMIX_TOOLS/fuzz/target" "$target" > "$seeds/log" 2>&1 || {
+    tail -n 60 "$seeds/log" >&2
+    echo "fuzz.sh: $target could not be built" >&2
+    exit 2
+  }
+done
 for target in "${targets[@]}"; do
   echo "== $target, $seconds seconds ==" >&2
   if ! cargo +nightly fuzz run --fuzz-dir fuzz --target-dir "$RANKMIX_TOOLS/fuzz/target" "$target" "$corpus/$target" "$seeds/$target" -- \

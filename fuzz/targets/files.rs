@@ -5,16 +5,12 @@ use std::sync::OnceLock;
 
 use rankmix::formats::Checkpoint;
 
-/// A file of that name in this process's folder, with these contents. The folder is in memory where the machine has such a file system.
+/// A file of that name, with these contents, in a folder of this process below the one that `RANKMIX_FUZZ_FILES` names, or below that of temporary files.
 pub fn file(name: &str, contents: &[u8]) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
-        let memory = PathBuf::from("/dev/shm");
-        let parent = if memory.is_dir() {
-            memory
-        } else {
-            std::env::temp_dir()
-        };
+        let parent = std::env::var_os("RANKMIX_FUZZ_FILES").map(PathBuf::from);
+        let parent = parent.unwrap_or_else(std::env::temp_dir);
         let folder = parent.join(format!("rankmix-fuzz-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder for the files");
         folder
