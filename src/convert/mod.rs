@@ -1,4 +1,5 @@
-//! Making one kind of mixture out of another: an MoE into latent experts, LoRAs into core experts, a dense feed-forward into an MoE.
+//! Making one kind of mixture out of another: an MoE into latent experts, LoRAs into core experts, a dense feed-forward into an MoE; and
+//! merging a LoRA.
 
 mod calibration;
 mod clusters;
@@ -10,6 +11,7 @@ mod gaussian;
 mod grouping;
 mod latent;
 mod latent_report;
+mod merge;
 mod model;
 mod model_report;
 mod plan;
@@ -31,5 +33,6 @@ pub use latent::{GroupBy, LatentOptions, SvdMethod, SvdOptions, SvdPrecision, co
 pub use latent_report::{
     ActiveCost, LayerReport, Operator, OperatorReport, Parameters, PhaseErrors, RelativeError,
 };
+pub use merge::{MergeOptions, MergeReport, MergedTensor, merge_lora};
 pub use model::{Listener, ModelOptions, Progress, convert_model};
 pub use model_report::{ConvertedLayer, ModelReport, RunFacts, Totals};

@@ -44,26 +44,36 @@ pub(crate) struct LatentWidths {
     pub(crate) factored_down: bool,
 }
 
-/// First what is copied, in files of at most [`SHARD_BYTES`], then a file for each layer.
-pub(crate) fn shards(model: &MoeModel) -> Vec<Shard> {
-    let experts: std::collections::HashSet<&str> =
-        model.layers().iter().flat_map(MoeLayer::tensors).collect();
-    let mut contents = Vec::new();
+/// The names of a model's tensors but those that are left out, in groups of at most [`SHARD_BYTES`], or of one tensor.
+pub(crate) fn grouped(
+    checkpoint: &Checkpoint,
+    is_taken: impl Fn(&str) -> bool,
+) -> Vec<Vec<String>> {
+    let mut groups = Vec::new();
     let (mut names, mut bytes) = (Vec::new(), 0);
-    for (name, entry) in model.checkpoint().tensors() {
-        if experts.contains(name) {
+    for (name, entry) in checkpoint.tensors() {
+        if !is_taken(name) {
             continue;
         }
         if bytes + entry.bytes() > SHARD_BYTES && !names.is_empty() {
-            contents.push(Content::Copied(std::mem::take(&mut names)));
+            groups.push(std::mem::take(&mut names));
             bytes = 0;
         }
         names.push(name.to_owned());
         bytes += entry.bytes();
     }
     if !names.is_empty() {
-        contents.push(Content::Copied(names));
+        groups.push(names);
     }
+    groups
+}
+
+/// First what is copied, in files of at most [`SHARD_BYTES`], then a file for each layer.
+pub(crate) fn shards(model: &MoeModel) -> Vec<Shard> {
+    let experts: std::collections::HashSet<&str> =
+        model.layers().iter().flat_map(MoeLayer::tensors).collect();
+    let copied = grouped(model.checkpoint(), |name| !experts.contains(name));
+    let mut contents: Vec<Content> = copied.into_iter().map(Content::Copied).collect();
     contents.extend((0..model.layers().len()).map(Content::Layer));
     let count = contents.len();
     let numbered = contents.into_iter().enumerate();

@@ -6,5 +6,6 @@ mod core_program;
 mod dense;
 mod dense_model;
 mod latent;
+mod merge;
 mod model;
 mod random;

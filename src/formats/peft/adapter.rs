@@ -215,7 +215,9 @@ impl PeftAdapter {
         let folder = folder.as_ref();
         for (layer, pair) in &self.pairs {
             let (rank, scale) = (self.config.rank_of(layer)?, self.config.scale_of(layer)?);
-            if rank != pair.rank() {
+            // Adapters of fused experts hold the ranks of all experts in one matrix.
+            let of_experts = self.config.has_fused_experts() && pair.rank().is_multiple_of(rank);
+            if rank != pair.rank() && !of_experts {
                 return Err(Error::Setting {
                     setting: "rank",
                     value: rank.to_string(),

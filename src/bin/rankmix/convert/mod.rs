@@ -2,14 +2,17 @@
 
 mod dense_to_moe;
 mod loras_to_comol;
+mod merge_lora;
 mod moe_lora_to_comol;
 mod moe_to_latent;
 mod summary;
 
 use std::process::ExitCode;
 
+use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use rankmix::Result;
+use rankmix::formats::Dtype;
 
 /// What the bar of a conversion of adapters looks like.
 const LAYERS: &str = "{elapsed_precise} {wide_bar} {pos}/{len} layers";
@@ -20,6 +23,27 @@ fn bar(template: &str, length: usize) -> ProgressBar {
     match ProgressStyle::with_template(template) {
         Ok(style) => bar.with_style(style),
         Err(_) => bar,
+    }
+}
+
+/// What tensors are written in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Written {
+    /// 32 bits.
+    F32,
+    /// 16 bits, IEEE.
+    F16,
+    /// 16 bits, the exponent of 32.
+    Bf16,
+}
+
+impl From<Written> for Dtype {
+    fn from(written: Written) -> Self {
+        match written {
+            Written::F32 => Self::F32,
+            Written::F16 => Self::F16,
+            Written::Bf16 => Self::BF16,
+        }
     }
 }
 
@@ -41,6 +65,8 @@ pub(crate) enum Command {
     MoeToLatent(moe_to_latent::Options),
     /// Make the dense feed-forwards of a model into mixtures of experts.
     DenseToMoe(dense_to_moe::Options),
+    /// Merge a LoRA adapter of PEFT into its model, or take it out again.
+    MergeLora(merge_lora::Options),
 }
 
 pub(crate) fn run(command: &Command) -> Result<ExitCode> {
@@ -49,5 +75,6 @@ pub(crate) fn run(command: &Command) -> Result<ExitCode> {
         Command::MoeLoraToComol(options) => moe_lora_to_comol::run(options),
         Command::MoeToLatent(options) => moe_to_latent::run(options),
         Command::DenseToMoe(options) => dense_to_moe::run(options),
+        Command::MergeLora(options) => merge_lora::run(options),
     }
 }

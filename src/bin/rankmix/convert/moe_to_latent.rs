@@ -11,7 +11,7 @@ use rankmix::convert::{
 use rankmix::formats::Dtype;
 use rankmix::{Error, Result};
 
-use crate::convert::bar;
+use crate::convert::{Written, bar};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Grouping {
@@ -35,26 +35,6 @@ enum Precision {
     F32,
     /// 64 bits.
     F64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Written {
-    /// 32 bits.
-    F32,
-    /// 16 bits, IEEE.
-    F16,
-    /// 16 bits, the exponent of 32.
-    Bf16,
-}
-
-impl From<Written> for Dtype {
-    fn from(written: Written) -> Self {
-        match written {
-            Written::F32 => Self::F32,
-            Written::F16 => Self::F16,
-            Written::Bf16 => Self::BF16,
-        }
-    }
 }
 
 /// Reads a Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek or transformers 5 checkpoint in safetensors and writes one whose experts work in latents

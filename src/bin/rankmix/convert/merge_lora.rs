@@ -1,0 +1,82 @@
+//! `rankmix convert merge-lora`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use rankmix::Result;
+use rankmix::convert::{MergeOptions, merge_lora};
+use rankmix::formats::Dtype;
+
+use crate::convert::{Written, bar};
+
+/// A change of which more than this part is lost by rounding is worth a warning.
+const MUCH: f64 = 0.1;
+
+/// Writes the model with W + scale B A for every weight W that the adapter changes; with modules that were trained whole (`modules_to_save`) in place of the
+/// model's. All other tensors and files are copied unchanged.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// The model: a folder with config.json and safetensors files.
+    model_dir: PathBuf,
+    /// The adapter: a folder with adapter_config.json and adapter_model.safetensors.
+    lora_dir: PathBuf,
+    /// The folder to make; conversion.json in it says how much each tensor changed, and how much of the change rounding has lost.
+    out_dir: PathBuf,
+    /// Subtract what merging adds: MODEL_DIR is a merged model then. What was lost by rounding does not come back.
+    #[arg(long)]
+    unmerge: bool,
+    /// What the tensors that change are written in [default: what each is in]
+    #[arg(long, value_enum, value_name = "D")]
+    dtype: Option<Written>,
+    /// Replace OUT_DIR if it is an output of a conversion. The old one stays until the new one is whole.
+    #[arg(long)]
+    overwrite: bool,
+    /// Throw away what another conversion has left unfinished in OUT_DIR.partial.
+    #[arg(long)]
+    restart: bool,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let bar = bar("{elapsed_precise} {wide_bar} {pos}/{len} files", 0);
+    let progress = |done: usize, of: usize| {
+        bar.set_length(of as u64);
+        bar.set_position(done as u64);
+    };
+    let merge = MergeOptions {
+        unmerge: options.unmerge,
+        dtype: options.dtype.map(Dtype::from),
+        overwrite: options.overwrite,
+        restart: options.restart,
+    };
+    let (model, lora, out) = (&options.model_dir, &options.lora_dir, &options.out_dir);
+    let report = merge_lora(model, lora, out, &merge, &progress);
+    bar.finish_and_clear();
+    let report = report?;
+    let tensors = &report.tensors;
+    let largest = tensors
+        .iter()
+        .map(|tensor| tensor.change)
+        .fold(0.0, f64::max);
+    println!(
+        "{}: {} tensors changed, by {largest:.1e} of their norm at most",
+        out.display(),
+        tensors.len()
+    );
+    let rounded = tensors.iter().filter(|tensor| tensor.rounding > MUCH);
+    if let Some(worst) = rounded
+        .clone()
+        .max_by(|a, b| a.rounding.total_cmp(&b.rounding))
+    {
+        eprintln!(
+            "rankmix: warning: rounding lost more than {:.0} % of the change of {} tensors (`{}`: {:.0} %); --dtype f32 keeps it",
+            100.0 * MUCH,
+            rounded.count(),
+            worst.name,
+            100.0 * worst.rounding
+        );
+    }
+    for name in &report.not_copied {
+        eprintln!("rankmix: warning: not copied, it holds the weights without the adapter: {name}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
