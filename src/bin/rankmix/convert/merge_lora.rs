@@ -58,7 +58,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         .map(|tensor| tensor.change)
         .fold(0.0, f64::max);
     println!(
-        "{}: {} tensors changed, by {largest:.1e} of their norm at most",
+        "{}: tensors changed: {}; the largest change is {largest:.1e} of its tensor's norm",
         out.display(),
         tensors.len()
     );
@@ -68,7 +68,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         .max_by(|a, b| a.rounding.total_cmp(&b.rounding))
     {
         eprintln!(
-            "rankmix: warning: rounding lost more than {:.0} % of the change of {} tensors (`{}`: {:.0} %); --dtype f32 keeps it",
+            "rankmix: warning: rounding lost more than {:.0} % of the change of tensors: {} (`{}`: {:.0} %); --dtype f32 keeps it",
             100.0 * MUCH,
             rounded.count(),
             worst.name,
