@@ -265,7 +265,7 @@ fn killed_over_an_old_output_that_is_there_entire_or_the_new_one() {
         }
     }
     assert!(missed.len() <= 2, "never killed at {missed:?}");
-    println!("killed behind the exchange {at_the_end} times");
+    assert!(at_the_end > 0, "never killed behind the exchange");
 }
 
 #[test]
