@@ -264,8 +264,11 @@ fn what_is_read_does_not_depend_on_jobs_or_files() -> Result<()> {
     Ok(())
 }
 
+/// The bytes and names of an output's tensors.
+type Tensors = Vec<(Vec<u8>, String)>;
+
 /// All tensors of outputs that must be equal.
-fn outputs_of_jobs_and_files(calibration: Option<&Path>) -> Result<Vec<Vec<(Vec<u8>, String)>>> {
+fn outputs_of_jobs_and_files(calibration: Option<&Path>) -> Result<Vec<Tensors>> {
     let folder = tempfile::tempdir().expect("a folder of its own");
     let mut outputs = Vec::new();
     for (jobs, files) in [(1, 1), (3, 1), (2, 4)] {

@@ -93,6 +93,9 @@ fn touch(path: &Path) {
     file.set_modified(time).expect("a file of ours");
 }
 
+/// Does something to the bytes of a file.
+type Damage<'a> = &'a dyn Fn(&mut Vec<u8>);
+
 #[test]
 fn damaged_files_are_written_again() -> Result<()> {
     let case = Case::new();
@@ -117,7 +120,7 @@ fn damaged_files_are_written_again() -> Result<()> {
         assert!(turned.len() == 2 && turned[0] != turned[1]);
         bytes[shape..shape + text.len()].copy_from_slice(&turned.join(&b','));
     };
-    let damages: [&dyn Fn(&mut Vec<u8>); 5] = [&length, &half, &empty, &name, &shape];
+    let damages: [Damage<'_>; 5] = [&length, &half, &empty, &name, &shape];
     for file in [1, 3] {
         for damage in damages {
             case.unfinish();
