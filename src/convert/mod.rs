@@ -7,6 +7,7 @@ mod core;
 mod dense;
 mod dense_model;
 mod dense_source;
+mod fingerprint;
 mod gaussian;
 mod grouping;
 mod latent;

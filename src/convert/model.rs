@@ -11,9 +11,10 @@ use serde_json::{Value, json};
 
 use crate::convert::model_report::{ModelReport, RunFacts, peak_memory_bytes};
 use crate::convert::plan::{
-    Content, LatentWidths, LayerRecord, RECORD, Shard, dtype_of, is_written, record_of, shards,
+    ARITHMETIC_VERSION, Content, LatentWidths, LayerRecord, RECORD, Shard, dtype_of, is_written,
+    record_of, shards,
 };
-use crate::convert::source::{copy_others, identity};
+use crate::convert::source::{copy_others, identity, identity_at};
 use crate::convert::stage::{Fingerprint, REPORT, Replacement, Stage, json_of};
 use crate::convert::{Calibration, LatentOptions, LayerReport, convert_layer};
 use crate::error::{Error, Result};
@@ -36,7 +37,7 @@ pub struct ModelOptions {
     pub jobs: usize,
     /// Replace an output that is there.
     pub overwrite: bool,
-    /// Throw away what a conversion with other options has left unfinished.
+    /// Throw away what a conversion with other options or of another source has left unfinished.
     pub restart: bool,
 }
 
@@ -96,7 +97,8 @@ pub type Listener<'a> = &'a (dyn Fn(Progress<'_>) + Sync);
 /// # Errors
 /// As [`MoeModel::open`], before anything is written; [`Error::Setting`] if there is nothing to convert or an option does not fit a layer;
 /// [`Error::Format`], with the tensor's name, for numbers that are not finite; [`Error::File`] if `out` is there and may not be replaced,
-/// holds something else than a conversion, is being written by another process, or an unfinished conversion with other options is in the way.
+/// holds something else than a conversion, is being written by another process, or an unfinished conversion with other options or of another
+/// source is in the way.
 pub fn convert_model(
     source: &Path,
     out: &Path,
@@ -114,7 +116,11 @@ pub fn convert_model(
         overwrite: options.overwrite,
         restart: options.restart,
     };
-    let stage = Stage::open(out, &[source], &fingerprint, replacement)?;
+    let read: Vec<&Path> = [Some(source), options.calibration.as_deref()]
+        .into_iter()
+        .flatten()
+        .collect();
+    let stage = Stage::open(out, &read, &fingerprint, replacement)?;
     if let Some(notice) = &stage.notice {
         listener(Progress::Notice(notice));
     }
@@ -178,14 +184,17 @@ fn described(options: &ModelOptions) -> Value {
         "calibration": options.calibration.is_some(),
         "dtype": options.dtype.map(|dtype| format!("{dtype:?}")),
         "layout_version": LATENT_LAYOUT_VERSION,
+        "arithmetic": ARITHMETIC_VERSION,
         "rankmix": env!("CARGO_PKG_VERSION"),
     })
 }
 
 fn identity_of(model: &MoeModel, options: &ModelOptions) -> Result<Value> {
-    let mut others = vec![model.folder().join("config.json")];
-    others.extend(options.calibration.clone());
-    identity(model.checkpoint(), &others)
+    let mut source = identity(model.checkpoint(), &[model.folder().join("config.json")])?;
+    if let Some(path) = &options.calibration {
+        source["calibration"] = identity_at(path, &Checkpoint::open(path)?, &[])?;
+    }
+    Ok(source)
 }
 
 /// The name of a layer's inputs in a calibration file.

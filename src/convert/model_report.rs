@@ -50,7 +50,7 @@ pub struct ModelReport {
     pub totals: Totals,
     /// What the user should know.
     pub warnings: Vec<String>,
-    /// Weights in other files of the source's folder, which are of the model as it was and were not copied.
+    /// What of the source's folder was not copied: weights in other files, which are of the model as it was, and links to folders.
     pub not_copied: Vec<String>,
     /// The layers.
     pub layers: Vec<ConvertedLayer>,
@@ -84,7 +84,7 @@ impl ModelReport {
         }
         if !not_copied.is_empty() {
             warnings.push(format!(
-                "not copied, because they hold weights of the model as it was: {}",
+                "not copied (other weights are of the model as it was, links to folders are not followed): {}",
                 not_copied.join(", ")
             ));
         }

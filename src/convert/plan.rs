@@ -9,6 +9,9 @@ use crate::convert::LayerReport;
 use crate::error::{Error, Result};
 use crate::formats::{Checkpoint, ModelWriter, MoeLayer, MoeModel, latent_parts};
 
+/// Layers of two versions do not belong in one model. To be counted up whenever a layer's result changes in any bit (grouping, singular vectors, refitting,
+/// rounding), between two versions of this package too: a conversion that was interrupted is then not gone on with.
+pub(crate) const ARITHMETIC_VERSION: u32 = 1;
 /// What a file of tensors that are only copied holds at the most, unless one tensor is larger.
 const SHARD_BYTES: usize = 512 << 20;
 /// The metadata of a converted layer's file that holds its [`LayerRecord`].

@@ -7,10 +7,13 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde::Serialize;
 use serde_json::{Value, json};
 
+pub(crate) use crate::convert::fingerprint::Fingerprint;
+use crate::convert::fingerprint::differences;
 use crate::error::{Error, Result};
 use crate::file::{self, failed as at};
 use crate::formats::write_json;
@@ -21,22 +24,6 @@ pub(crate) const REPORT: &str = "conversion.json";
 const PARTIAL: &str = ".partial";
 /// What is behind the name of an old output between two renames.
 const PREVIOUS: &str = ".previous";
-
-/// What a conversion is of: equal options and an equal source give an equal folder.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Fingerprint {
-    pub(crate) options: Value,
-    pub(crate) source: Value,
-}
-
-impl Fingerprint {
-    fn of(report: &Value) -> Option<Self> {
-        Some(Self {
-            options: report.get("options")?.clone(),
-            source: report.get("source")?.clone(),
-        })
-    }
-}
 
 /// What may be done with what is there already.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -148,12 +135,41 @@ fn resolved(path: &Path) -> Result<PathBuf> {
 }
 
 impl Stage {
-    /// Begins a folder, or goes on with what another run has left of the same one. `sources` are the folders that are read.
+    /// Begins a folder, or goes on with what another run has left of the same one. `sources` are the files and folders that are read.
     ///
     /// # Errors
     /// [`Error::File`] if the output is there and may not be replaced, or is none of ours; if it lies in a source or a source in it; if
-    /// another process is at it; if what another run has left is of other options.
+    /// another process is at it; if what another run has left is of other options or of another source.
     pub(crate) fn open(
+        out: &Path,
+        sources: &[&Path],
+        fingerprint: &Fingerprint,
+        replacement: Replacement,
+    ) -> Result<Self> {
+        let remedy = "or ask for a new start (`restart`), which throws it away";
+        Self::open_or(remedy, out, sources, fingerprint, replacement)
+    }
+
+    /// The same for a conversion that cannot be asked for a new start.
+    ///
+    /// # Errors
+    /// As [`Stage::open`].
+    pub(crate) fn open_without_restart(
+        out: &Path,
+        sources: &[&Path],
+        fingerprint: &Fingerprint,
+        overwrite: bool,
+    ) -> Result<Self> {
+        let replacement = Replacement {
+            overwrite,
+            restart: false,
+        };
+        let remedy = "or remove this folder";
+        Self::open_or(remedy, out, sources, fingerprint, replacement)
+    }
+
+    fn open_or(
+        remedy: &str,
         out: &Path,
         sources: &[&Path],
         fingerprint: &Fingerprint,
@@ -164,7 +180,7 @@ impl Stage {
         let previous = beside(&out, PREVIOUS);
         // A run was ended between the two renames of `publish`: nothing else leaves a whole folder under the partial name and none under the output's.
         if !out.exists() && is_finished(&partial) && previous.join(REPORT).is_file() {
-            fs::rename(&previous, &out).map_err(at(&previous))?;
+            rename(&previous, &out)?;
         }
         check_replaceable(&out, replacement.overwrite)?;
         let mut stage = Self {
@@ -174,44 +190,48 @@ impl Stage {
             notice: None,
             _lock: None,
         };
-        stage.begin(fingerprint, replacement)?;
+        stage.begin(remedy, fingerprint, replacement.restart)?;
         Ok(stage)
     }
 
-    fn begin(&mut self, fingerprint: &Fingerprint, replacement: Replacement) -> Result<()> {
+    fn begin(&mut self, remedy: &str, fingerprint: &Fingerprint, restart: bool) -> Result<()> {
         let partial = self.partial.clone();
         let is_new = !partial.exists();
         if is_new {
             fs::create_dir_all(&partial).map_err(at(&partial))?;
+            file::sync_folder(file::folder_of(&partial)).map_err(at(&partial))?;
         }
         self._lock = locked(&partial)?;
         if !is_new {
             if !is_ours(&partial)? {
                 return Err(refused(&partial, not_ours()));
             }
-            match found(&self.out, &partial, fingerprint)? {
+            let other = match found(&self.out, &partial, fingerprint) {
                 Found::Same => {
                     self.notice = Some(format!("going on in {}", partial.display()));
                     return remove_leftovers(&partial);
                 }
-                Found::OtherOptions(differences) if !replacement.restart => {
+                Found::Finished | Found::Nothing => None,
+                Found::OtherOptions(differences) => {
+                    Some(format!("with other options ({differences})"))
+                }
+                Found::OtherSource(differences) => {
+                    Some(format!("of another source ({differences})"))
+                }
+                Found::Unreadable(error) => Some(format!("whose report cannot be read ({error})")),
+            };
+            if let Some(other) = other {
+                if !restart {
                     return Err(refused(
                         &partial,
                         format!(
-                            "an unfinished conversion with other options ({differences}): finish it with those, or ask for a new start (`restart`)"
+                            "an unfinished conversion {other}: finish that one as it was begun, {remedy}"
                         ),
                     ));
                 }
-                Found::OtherOptions(differences) => {
-                    self.notice = Some(format!("starting anew, with other options: {differences}"));
-                }
-                Found::OtherSource => {
-                    self.notice = Some(
-                        "starting anew: the source is not the one of the unfinished conversion"
-                            .to_owned(),
-                    );
-                }
-                Found::Finished | Found::Nothing => {}
+                self.notice = Some(format!(
+                    "starting anew, what was there is thrown away: an unfinished conversion {other}"
+                ));
             }
             clear(&partial)?;
         }
@@ -235,15 +255,18 @@ impl Stage {
     /// # Errors
     /// [`Error::File`] if that cannot be done.
     pub(crate) fn publish(self, report: &Value) -> Result<()> {
+        sync_folders(&self.partial)?;
         write_json(&self.partial.join(REPORT), report)?;
         if !self.out.exists() {
-            return fs::rename(&self.partial, &self.out).map_err(at(&self.out));
+            return rename(&self.partial, &self.out);
         }
         // It may have come while this run was at work.
         check_replaceable(&self.out, self.overwrite)?;
         // Held while the old folder is removed under the partial name, which a run that begins now would take.
         let _old = locked(&self.out)?;
         if exchanged(&self.partial, &self.out) {
+            // Before the old one is touched, or a power cut could leave half of it under the output's name.
+            file::sync_folder(file::folder_of(&self.out)).map_err(at(&self.out))?;
             return remove(&self.partial);
         }
         let previous = beside(&self.out, PREVIOUS);
@@ -253,10 +276,28 @@ impl Stage {
             }
             remove(&previous)?;
         }
-        fs::rename(&self.out, &previous).map_err(at(&self.out))?;
-        fs::rename(&self.partial, &self.out).map_err(at(&self.out))?;
+        rename(&self.out, &previous)?;
+        rename(&self.partial, &self.out)?;
         remove(&previous)
     }
+}
+
+/// Renames a folder, so that it stays renamed after a power cut.
+fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to)
+        .and_then(|()| file::sync_folder(file::folder_of(to)))
+        .map_err(at(to))
+}
+
+/// Names that were made in a folder, and in the folders in it, are there after a power cut.
+fn sync_folders(folder: &Path) -> Result<()> {
+    for name in names(folder)? {
+        let path = folder.join(name);
+        if fs::symlink_metadata(&path).map_err(at(&path))?.is_dir() {
+            sync_folders(&path)?;
+        }
+    }
+    file::sync_folder(folder).map_err(at(folder))
 }
 
 fn not_ours() -> String {
@@ -274,13 +315,16 @@ fn is_finished(folder: &Path) -> bool {
     report.is_object() && report.get("unfinished").is_none()
 }
 
-/// The output's path, which lies in none of the sources, and none of them in it.
+/// The output's path, which lies in none of the sources, and none of them in it or in what is beside it for a while.
 fn apart(out: &Path, sources: &[&Path]) -> Result<PathBuf> {
     let out = resolved(out)?;
     for source in sources {
         let source = source.canonicalize().map_err(at(source))?;
-        if out.starts_with(&source) || source.starts_with(&out) {
-            return Err(refused(&out, "the output and an input lie in each other"));
+        let taken = [out.clone(), beside(&out, PARTIAL), beside(&out, PREVIOUS)];
+        for taken in taken {
+            if taken.starts_with(&source) || source.starts_with(&taken) {
+                return Err(refused(&taken, "the output and an input lie in each other"));
+            }
         }
     }
     Ok(out)
@@ -316,52 +360,50 @@ enum Found {
     Nothing,
     Same,
     OtherOptions(String),
-    OtherSource,
+    OtherSource(String),
+    /// It cannot be told what it is of.
+    Unreadable(Error),
     /// An old output whose place the new one has taken already.
     Finished,
 }
 
-fn found(out: &Path, partial: &Path, fingerprint: &Fingerprint) -> Result<Found> {
+fn found(out: &Path, partial: &Path, fingerprint: &Fingerprint) -> Found {
     let path = partial.join(REPORT);
     if !path.exists() {
-        return Ok(Found::Nothing);
+        return Found::Nothing;
     }
-    let report: Value = file::read_json(&path)?;
+    let report: Value = match file::read_json(&path) {
+        Ok(report) => report,
+        Err(error) => return Found::Unreadable(error),
+    };
     let Some(other) = Fingerprint::of(&report) else {
-        return Ok(Found::Finished);
+        return Found::Finished;
     };
     // Under the partial name a whole folder is the old output after an exchange, or the new one before it, or before its only rename.
     let is_whole = report.get("unfinished").is_none();
-    if is_whole
-        && out.exists()
-        && (other != *fingerprint || Fingerprint::of(&report_in(out)).as_ref() == Some(fingerprint))
-    {
-        return Ok(Found::Finished);
+    let is_of_out = || Fingerprint::of(&report_in(out)).as_ref() == Some(fingerprint);
+    if is_whole && out.exists() {
+        let is_old = other != *fingerprint && !is_newer(&path, &out.join(REPORT));
+        if is_old || is_of_out() {
+            return Found::Finished;
+        }
     }
-    Ok(if other == *fingerprint {
+    if other == *fingerprint {
         Found::Same
     } else if other.options == fingerprint.options {
-        Found::OtherSource
+        Found::OtherSource(differences(&other.source, &fingerprint.source))
     } else {
         Found::OtherOptions(differences(&other.options, &fingerprint.options))
-    })
+    }
 }
 
-/// What differs between two sets of options.
-fn differences(old: &Value, new: &Value) -> String {
-    let keys = |value: &Value| -> Vec<String> {
-        let object = value.as_object();
-        object.map_or_else(Vec::new, |object| object.keys().cloned().collect())
-    };
-    let mut all = keys(new);
-    all.extend(keys(old));
-    all.sort();
-    all.dedup();
-    let differing = all.into_iter().filter_map(|key| {
-        let [old, new] = [old, new].map(|options| options.get(&key).unwrap_or(&Value::Null));
-        (old != new).then(|| format!("{key} {old}, now {new}"))
+/// Whether a file was changed after another one.
+fn is_newer(one: &Path, other: &Path) -> bool {
+    let [one, other] = [one, other].map(|path| {
+        let time = fs::metadata(path).and_then(|metadata| metadata.modified());
+        time.unwrap_or(SystemTime::UNIX_EPOCH)
     });
-    differing.collect::<Vec<_>>().join("; ")
+    one > other
 }
 
 /// Removes what a process that was ended has left half written, in the folders inside too.
@@ -381,13 +423,22 @@ fn remove_leftovers(folder: &Path) -> Result<()> {
 #[cfg(unix)]
 fn locked(folder: &Path) -> Result<Option<fs::File>> {
     let handle = fs::File::open(folder).map_err(at(folder))?;
-    match handle.try_lock() {
-        Ok(()) => Ok(Some(handle)),
+    let is_locked = is_held(folder, handle.try_lock())?;
+    Ok(is_locked.then_some(handle))
+}
+
+/// Whether a lock is held after it was tried for; not on a file system that has none.
+#[cfg(unix)]
+fn is_held(folder: &Path, tried: std::result::Result<(), fs::TryLockError>) -> Result<bool> {
+    match tried {
+        Ok(()) => Ok(true),
         Err(fs::TryLockError::WouldBlock) => {
             Err(refused(folder, "another process is writing to it"))
         }
-        // A file system without locks.
-        Err(fs::TryLockError::Error(_)) => Ok(None),
+        Err(fs::TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {
+            Ok(false)
+        }
+        Err(fs::TryLockError::Error(error)) => Err(at(folder)(error)),
     }
 }
 
@@ -407,4 +458,24 @@ fn exchanged(one: &Path, other: &Path) -> bool {
 #[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
 fn exchanged(_one: &Path, _other: &Path) -> bool {
     false
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::fs::TryLockError;
+    use std::io::{Error, ErrorKind};
+    use std::path::Path;
+
+    use super::is_held;
+
+    #[test]
+    fn only_a_file_system_without_locks_goes_without() {
+        let tried = |tried| is_held(Path::new("folder"), tried).map_err(|error| error.to_string());
+        assert_eq!(tried(Ok(())), Ok(true));
+        let failed = |kind: ErrorKind| tried(Err(TryLockError::Error(Error::from(kind))));
+        assert_eq!(failed(ErrorKind::Unsupported), Ok(false));
+        assert!(failed(ErrorKind::OutOfMemory).is_err());
+        assert!(failed(ErrorKind::PermissionDenied).is_err());
+        assert!(tried(Err(TryLockError::WouldBlock)).is_err_and(|error| error.contains("another")));
+    }
 }

@@ -354,7 +354,7 @@ pub(crate) fn write(
         let entries = metadata.len();
         let metadata = (entries > 0).then_some(metadata);
         // The safetensors crate makes a file of its own that its user alone may read: what a new file is given here is what this one gets.
-        let permissions = fs::File::create(temporary)?.metadata()?.permissions();
+        let permissions = fs::metadata(temporary)?.permissions();
         match safetensors::serialize_to_file(views, metadata, temporary) {
             Err(SafeTensorError::IoError(source)) => return Err(source),
             other => other.map_err(io::Error::other)?,

@@ -201,6 +201,30 @@ fn damaged_input_leaves_nothing_behind() {
 }
 
 #[test]
+fn an_unfinished_conversion_of_a_model_is_left_alone() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let at = folder.path();
+    write_lora(&at.join("one"), 1);
+    let partial = at.join("out.partial");
+    fs::create_dir(&partial).expect("a folder");
+    let report = r#"{"unfinished": true, "options": {"latent": 4}, "source": {}}"#;
+    fs::write(partial.join("conversion.json"), report).expect("a file");
+    fs::write(partial.join("model.safetensors"), "hours").expect("a file");
+    let run = |more: &[&str]| {
+        let arguments = [&["convert", "loras-to-comol", "out", "one"], more].concat();
+        rankmix(&arguments, at)
+    };
+    let refused = run(&[]);
+    assert_refused(&refused, &["out.partial", "latent 4", "remove this folder"]);
+    // It names no option that the command does not have.
+    let message = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!message.contains("restart"), "{message}");
+    let unknown = String::from_utf8_lossy(&run(&["--restart"]).stderr).into_owned();
+    assert!(unknown.contains("unexpected argument"), "{unknown}");
+    assert_eq!(names(&partial), ["conversion.json", "model.safetensors"]);
+}
+
+#[test]
 fn a_moe_lora_is_converted() -> Result<(), Error> {
     let folder = tempfile::tempdir().expect("a folder of its own");
     let at = folder.path();

@@ -1,5 +1,8 @@
 //! The `rankmix` program: what devices there are, whether they compute what they should, and how fast.
 
+#[macro_use]
+mod output;
+
 mod convert;
 mod devices;
 mod inspect;

@@ -5,9 +5,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::convert::core::CoreReport;
-use crate::convert::stage::{
-    self, Fingerprint, REPORT, Replacement, Stage, json_of, names, refused,
-};
+use crate::convert::stage::{self, Fingerprint, REPORT, Stage, json_of, names, refused};
 use crate::error::Result;
 use crate::formats::MixtureAdapter;
 
@@ -51,11 +49,7 @@ pub fn write_comol(
         options: json!({ "kind": "comol" }),
         source: json!({}),
     };
-    let replacement = Replacement {
-        overwrite,
-        restart: false,
-    };
-    let stage = Stage::open(out, inputs, &fingerprint, replacement)?;
+    let stage = Stage::open_without_restart(out, inputs, &fingerprint, overwrite)?;
     adapter.write(stage.folder())?;
     stage.publish(&json_of(out.join(REPORT), report)?)
 }

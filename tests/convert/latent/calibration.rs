@@ -207,3 +207,43 @@ fn factored_down_projections_are_weighted_by_what_the_experts_have_inside() {
     assert!((reported - aware).abs() < 1e-3, "{reported} is not {aware}");
     assert!(aware < 0.95 * plain, "{aware} against {plain}");
 }
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    let experts = random_experts(8, [8, 24, 40]);
+    let tokens = anisotropic(3, 300, 40);
+    let options = LatentOptions {
+        factored_down: true,
+        group_by: rankmix::convert::GroupBy::Similarity,
+        rank: Some(15),
+        ..LatentOptions::new(4, 10)
+    };
+    let with = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let (latent, report) = pool.expect("threads start").install(|| {
+            let calibration = Calibration::from_activations(&tokens).expect("it is sound");
+            convert_layer(&experts, Some(&calibration), &options).expect("it converts")
+        });
+        let LatentDown::Factored {
+            latent: down,
+            expert,
+        } = latent.down
+        else {
+            panic!("the down projections are factored");
+        };
+        let parts = [
+            latent.gate_latent,
+            latent.gate_expert,
+            latent.up_latent,
+            latent.up_expert,
+            down,
+            expert,
+        ];
+        let bits: Vec<u32> = parts
+            .iter()
+            .flat_map(|part| part.to_f32().into_iter().map(f32::to_bits))
+            .collect();
+        (bits, report)
+    };
+    assert!(with(1) == with(5));
+}

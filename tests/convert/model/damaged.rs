@@ -242,7 +242,7 @@ fn outputs_that_are_in_the_way_are_left_alone() {
     let first = contents(&out);
     let error = convert(&source, &out, &options()).expect_err("it is there already");
     assert!(error.to_string().contains("overwrite"), "{error}");
-    // An unfinished conversion with other options is thrown away only when that is asked for; with another source by itself.
+    // An unfinished conversion with other options is thrown away only when that is asked for.
     fs::rename(&out, &partial).expect("the output");
     let state = partial.join("conversion.json");
     let text = fs::read_to_string(&state).expect("the report");
@@ -284,7 +284,7 @@ fn outputs_that_are_in_the_way_are_left_alone() {
         all
     };
     assert!(without_report(contents(&out)) == without_report(first.clone()));
-    // A source that was changed under an unfinished conversion.
+    // So is that of a source that was changed meanwhile.
     fs::rename(&out, &partial).expect("the output");
     let text = fs::read_to_string(&state).expect("the report");
     let mut document: serde_json::Value = serde_json::from_str(&text).expect("JSON");
@@ -296,7 +296,11 @@ fn outputs_that_are_in_the_way_are_left_alone() {
     let numbers = vec![0.25; INTERMEDIATE * HIDDEN];
     changed.tensors[at] = stored(name.into(), &[INTERMEDIATE, HIDDEN], &numbers, Dtype::F32);
     changed.write(&source, 1);
-    convert(&source, &out, &options()).expect("a new start");
+    let error = convert(&source, &out, &options()).expect_err("another source");
+    assert!(error.to_string().contains("another source"), "{error}");
+    let mut anew = options();
+    anew.restart = true;
+    convert(&source, &out, &anew).expect("a new start");
     let old = first
         .iter()
         .find(|(path, _)| path.ends_with("model-00002-of-00003.safetensors"));

@@ -10,7 +10,7 @@ use rankmix::{Device, Graph, ParameterStore, Result, Tensor, TensorType, Value};
 use serde_json::json;
 
 use super::written::{
-    EXPERTS, FAMILIES, Family, HIDDEN, INTERMEDIATE, Model, Numbers, Stored, TOP_K, stored,
+    EXPERTS, FAMILIES, Family, HIDDEN, INTERMEDIATE, Model, Numbers, Stored, TOP_K, write_tensors,
 };
 
 const TOKENS: usize = 24;
@@ -249,6 +249,27 @@ fn types_are_kept_or_chosen() -> Result<()> {
 #[test]
 fn what_is_read_does_not_depend_on_jobs_or_files() -> Result<()> {
     let folder = tempfile::tempdir().expect("a folder of its own");
+    let calibration = folder.path().join("calibration.safetensors");
+    write_tensors(
+        &calibration,
+        &Family::Olmoe.model(4, Dtype::F32).inputs(40, 3),
+    );
+    let mut plain = Vec::new();
+    for calibration in [None, Some(calibration)] {
+        let outputs = outputs_of_jobs_and_files(calibration.as_deref())?;
+        assert!(outputs[0] == outputs[1] && outputs[0] == outputs[2]);
+        assert!(outputs[0] != plain, "the calibration changes nothing");
+        plain.clone_from(&outputs[0]);
+    }
+    Ok(())
+}
+
+/// The bytes and names of an output's tensors.
+type Tensors = Vec<(Vec<u8>, String)>;
+
+/// All tensors of outputs that must be equal.
+fn outputs_of_jobs_and_files(calibration: Option<&Path>) -> Result<Vec<Tensors>> {
+    let folder = tempfile::tempdir().expect("a folder of its own");
     let mut outputs = Vec::new();
     for (jobs, files) in [(1, 1), (3, 1), (2, 4)] {
         let [source, out] =
@@ -256,6 +277,7 @@ fn what_is_read_does_not_depend_on_jobs_or_files() -> Result<()> {
         Family::Olmoe.model(4, Dtype::F32).write(&source, files);
         let mut options = options(5);
         options.jobs = jobs;
+        options.calibration = calibration.map(Path::to_owned);
         convert(&source, &out, &options)?;
         let checkpoint = Checkpoint::open(&out)?;
         let names: Vec<_> = checkpoint
@@ -268,8 +290,7 @@ fn what_is_read_does_not_depend_on_jobs_or_files() -> Result<()> {
         }
         outputs.push(all);
     }
-    assert!(outputs[0] == outputs[1] && outputs[0] == outputs[2]);
-    Ok(())
+    Ok(outputs)
 }
 
 #[test]
@@ -331,34 +352,9 @@ fn calibration_lowers_the_error_on_its_inputs() -> Result<()> {
     let model = Family::Qwen3.model(2, Dtype::F32);
     model.write(&source, 1);
     let tokens = 200;
-    let inputs: Vec<Stored> = model
-        .layers
-        .iter()
-        .map(|(path, _)| {
-            let mut numbers = Numbers::new(3).take(tokens * HIDDEN, 1.0);
-            for (i, number) in numbers.iter_mut().enumerate() {
-                *number *= 3.0 / (1 + (i % HIDDEN)) as f32;
-            }
-            stored(
-                format!("{path}.input"),
-                &[tokens, HIDDEN],
-                &numbers,
-                Dtype::F32,
-            )
-        })
-        .collect();
+    let inputs = model.inputs(tokens, 3);
     let file = folder.path().join("calibration.safetensors");
-    let write = |inputs: &[Stored]| {
-        let views = inputs.iter().map(|tensor| {
-            let view = safetensors::tensor::TensorView::new(
-                tensor.dtype,
-                tensor.shape.clone(),
-                &tensor.bytes,
-            );
-            (&tensor.name, view.expect("bytes that fit the shape"))
-        });
-        safetensors::serialize_to_file(views, None, &file).expect("a file");
-    };
+    let write = |inputs: &[Stored]| write_tensors(&file, inputs);
     write(&inputs);
     let mut with = options(5);
     with.calibration = Some(file.clone());

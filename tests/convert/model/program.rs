@@ -61,3 +61,61 @@ fn the_report_as_json_and_the_facts_of_source_and_output() {
     let table = run(&[convert.as_slice(), &options[..4], &["--overwrite"]].concat());
     assert!(table.contains("model.layers.2.mlp   4 in 2"), "{table}");
 }
+
+#[test]
+fn nobody_reads() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    Family::Qwen2
+        .model(1, Dtype::F32)
+        .write(&folder.path().join("in"), 1);
+    let program = |arguments: &[&str]| {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_rankmix"));
+        program.args(arguments).current_dir(folder.path());
+        program
+    };
+    let closed = || {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        writer
+    };
+    // Without a word.
+    let output = program(&["inspect", "in"]).stdout(closed()).output();
+    let output = output.expect("the program");
+    assert_eq!(output.status.code(), Some(141));
+    assert!(output.stderr.is_empty(), "{output:?}");
+    // Errors and warnings nobody reads change nothing.
+    let output = program(&["inspect", "absent"]).stderr(closed()).output();
+    assert_eq!(output.expect("the program").status.code(), Some(2));
+    std::fs::write(folder.path().join("in/pytorch_model.bin"), "old").expect("a file");
+    let convert = [
+        "convert",
+        "moe-to-latent",
+        "in",
+        "out",
+        "--groups",
+        "2",
+        "--latent",
+        "5",
+    ];
+    let output = program(&convert).stderr(closed()).output();
+    assert_eq!(output.expect("the program").status.code(), Some(0));
+    assert!(folder.path().join("out/conversion.json").exists());
+}
+
+#[test]
+fn the_help_says_what_happens_after_an_interruption() {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_rankmix"));
+    let output = program
+        .args(["convert", "moe-to-latent", "--help"])
+        .output();
+    let help = String::from_utf8(output.expect("the program").stdout).expect("text");
+    for word in [
+        "OUT_DIR.partial",
+        "After an interruption",
+        "--restart",
+        "memory of one layer",
+        "[default: 1]",
+    ] {
+        assert!(help.contains(word), "`{help}` does not say {word}");
+    }
+}

@@ -292,7 +292,29 @@ impl Family {
     }
 }
 
+/// Writes tensors into a file.
+pub(crate) fn write_tensors(path: &Path, tensors: &[Stored]) {
+    let views = tensors.iter().map(|tensor| {
+        let view = TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.bytes);
+        (&tensor.name, view.expect("bytes that fit the shape"))
+    });
+    safetensors::serialize_to_file(views, None, path).expect("a file");
+}
+
 impl Model {
+    /// Inputs of the mixtures, for a calibration, some numbers of which are larger than others.
+    pub(crate) fn inputs(&self, tokens: usize, seed: u64) -> Vec<Stored> {
+        let inputs = self.layers.iter().map(|(path, _)| {
+            let mut numbers = Numbers::new(seed).take(tokens * HIDDEN, 1.0);
+            for (i, number) in numbers.iter_mut().enumerate() {
+                *number *= 3.0 / (1 + (i % HIDDEN)) as f32;
+            }
+            let name = format!("{path}.input");
+            stored(name, &[tokens, HIDDEN], &numbers, Dtype::F32)
+        });
+        inputs.collect()
+    }
+
     /// Writes the model in so many files, and two files beside it.
     pub(crate) fn write(&self, folder: &Path, files: usize) {
         fs::create_dir_all(folder.join("more")).expect("a folder that can be written to");

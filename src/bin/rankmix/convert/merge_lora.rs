@@ -12,8 +12,7 @@ use crate::convert::{Written, bar};
 /// A change of which more than this part is lost by rounding is worth a warning.
 const MUCH: f64 = 0.1;
 
-/// Writes the model with W + scale B A for every weight W that the adapter changes; with modules that were trained whole (`modules_to_save`) in place of the
-/// model's. All other tensors and files are copied unchanged.
+/// What to merge, and how.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// The model: a folder with config.json and safetensors files.

@@ -62,10 +62,24 @@ pub(crate) enum Command {
     /// the shared rank is large enough; conversion.json in OUT_DIR says for each layer what the rank is, and what each expert has lost.
     MoeLoraToComol(moe_lora_to_comol::Options),
     /// Make the mixtures of experts of a model into latent experts, which share their projections by groups (MoLE).
+    ///
+    /// Reads a Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek or transformers 5 checkpoint in safetensors and writes one whose experts work in
+    /// latents that groups of experts share: gate and up of an expert become a matrix of its own times one of its group. Routers, shared experts,
+    /// attention and all other tensors and files are copied unchanged. It works layer by layer: it needs the memory of one layer, not of the model.
+    ///
+    /// OUT_DIR is made as OUT_DIR.partial and renamed at the end. After an interruption the same command goes on with the layers that are not
+    /// written yet. With other options, or if the model or the calibration has changed or is another one, it refuses to and says what differs;
+    /// --restart begins anew.
     MoeToLatent(moe_to_latent::Options),
     /// Make the dense feed-forwards of a model into mixtures of experts.
+    ///
+    /// Splits the neurons of every dense feed-forward of a Llama-like model into experts of equal size, with a router that is fitted to how much
+    /// each contributes. With as many experts a token as there are the model computes what it did before.
     DenseToMoe(dense_to_moe::Options),
     /// Merge a LoRA adapter of PEFT into its model, or take it out again.
+    ///
+    /// Writes the model with W + scale B A for every weight W that the adapter changes, and with modules that were trained whole (modules_to_save) in
+    /// place of the model's. All other tensors and files are copied unchanged.
     MergeLora(merge_lora::Options),
 }
 

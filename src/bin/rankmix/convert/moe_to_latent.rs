@@ -37,11 +37,7 @@ enum Precision {
     F64,
 }
 
-/// Reads a Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek or transformers 5 checkpoint in safetensors and writes one whose experts work in latents
-/// that groups of experts share: gate and up of an expert become a matrix of its own times one of its group. Routers, shared experts, attention
-/// and all other tensors and files are copied unchanged. Layer by layer: the memory of one layer is needed, not of the model.
-///
-/// OUT_DIR is made as OUT_DIR.partial and renamed at the end. After an interruption the same command goes on where it was.
+/// What to convert, and how.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// The model: a folder with config.json and safetensors files.
@@ -76,13 +72,13 @@ pub(crate) struct Options {
     /// What the new matrices are written in [default: what the layer had]
     #[arg(long, value_enum, value_name = "D")]
     dtype: Option<Written>,
-    /// Layers at work at once: each takes its own memory. The result is the same.
+    /// Layers at work at once. Each layer uses all cores as it is; N of them need N times the memory. The result is the same.
     #[arg(long, value_name = "N", default_value_t = 1)]
     jobs: usize,
     /// Replace OUT_DIR if it is an output of a conversion. The old one stays until the new one is whole.
     #[arg(long)]
     overwrite: bool,
-    /// Throw away what a conversion with other options has left unfinished in OUT_DIR.partial.
+    /// Throw away what a conversion with other options or of another model has left unfinished in OUT_DIR.partial.
     #[arg(long)]
     restart: bool,
     /// Print the report as JSON.
@@ -123,7 +119,6 @@ impl Options {
     }
 }
 
-/// The style of the bar, on stderr; there is none where that is no terminal.
 fn percent(change: f64) -> String {
     format!("{:+.1} %", 100.0 * change)
 }
