@@ -25,7 +25,7 @@ const OTHER_WEIGHTS: [&str; 9] = [
 ];
 
 /// A file's name, size and time of its last change.
-fn facts(path: &Path) -> Result<Value> {
+pub(crate) fn facts(path: &Path) -> Result<Value> {
     let metadata = fs::metadata(path).map_err(at(path))?;
     // Some file systems keep no times; size and headers are left then.
     let modified = metadata.modified().ok();

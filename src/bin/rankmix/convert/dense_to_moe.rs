@@ -4,21 +4,26 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::ValueEnum;
-use indicatif::ProgressBar;
 use rankmix::Result;
-use rankmix::convert::{DenseLayerReport, DenseModelOptions, convert_dense_model};
+use rankmix::convert::{DenseLayerReport, DenseModelOptions, Progress, convert_dense_model};
 use rankmix::formats::MoeLayout;
+
+use crate::convert::bar;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Layout {
-    /// Gates over the chosen experts; for this top-k alone.
+    /// Gates over the chosen experts; for this top-k alone. Its attention is Llama's.
     Mixtral,
-    /// Qwen3-MoE's without `norm_topk_prob`: gates over all experts; top-k can be changed in config.json afterwards.
+    /// Qwen3-MoE's without `norm_topk_prob`: gates over all experts; top-k can be changed in config.json afterwards. Its attention is Qwen3's, which norms queries and keys: other
+    /// programs load no Llama so.
     Qwen,
 }
 
 /// Splits the neurons of every dense feed-forward of a Llama-like model into experts of equal size, with a router that is fitted to how much each contributes. With as
-/// many experts a token as there are the model computes what it did before.
+/// many experts a token as there are each feed-forward computes what it did before, but for rounding: down projections are multiplied by K (mixtral) or E (qwen), which is exact
+/// in 16 bits too if that is a power of two. What else the layout's family does otherwise than the model's is said as a warning, and in conversion.json.
+///
+/// OUT_DIR is made as OUT_DIR.partial and renamed at the end. After an interruption the same command goes on where it was.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// A folder with config.json and safetensors files, or a GGUF file, of which feed-forwards and their norms are written.
@@ -50,10 +55,14 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
-    let bar = ProgressBar::new(0);
-    let progress = |done: usize, of: usize| {
-        bar.set_length(of as u64);
-        bar.set_position(done as u64);
+    let bar = bar("{bar:40} {pos}/{len} files, {elapsed} [{eta}]", 0);
+    let listener = |progress: Progress<'_>| match progress {
+        Progress::Notice(text) => bar.suspend(|| eprintln!("rankmix: {text}")),
+        Progress::Written { finished, of } => {
+            bar.set_length(of as u64);
+            bar.set_position(finished as u64);
+        }
+        Progress::Layer { .. } => {}
     };
     let conversion = DenseModelOptions {
         experts: options.experts,
@@ -67,9 +76,19 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         overwrite: options.overwrite,
         restart: options.restart,
     };
-    let reports = convert_dense_model(&options.model, &options.out_dir, &conversion, &progress);
+    let report = convert_dense_model(&options.model, &options.out_dir, &conversion, &listener);
     bar.finish_and_clear();
-    print(&reports?);
+    let report = report?;
+    for warning in &report.warnings {
+        eprintln!("rankmix: warning: {warning}");
+    }
+    if !report.not_copied.is_empty() {
+        eprintln!(
+            "rankmix: warning: not copied, because they hold weights of the model as it was: {}",
+            report.not_copied.join(", ")
+        );
+    }
+    print(&report.layers);
     println!("written to {}", options.out_dir.display());
     Ok(ExitCode::SUCCESS)
 }
