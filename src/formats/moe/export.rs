@@ -73,6 +73,7 @@ fn expert_name(path: &str, number: usize, part: &str) -> String {
 }
 
 /// The names and shapes of all that [`MoeExperts::named`] gives, for E experts of hidden and intermediate widths n and m; none for the other layouts.
+#[cfg(feature = "convert")]
 pub(crate) fn expert_shapes(
     path: &str,
     layout: MoeLayout,
