@@ -56,7 +56,7 @@ pub struct DenseLayerReport {
 pub struct DenseModelReport {
     /// What the user should know: where a program that loads the result by its `model_type` computes something else than the source's beside the feed-forwards, and what rounds.
     pub warnings: Vec<String>,
-    /// Weights in other files of the source's folder, which are of the model as it was and were not copied.
+    /// What else of the source's folder was not copied: weights in other files, which are of the model as it was.
     pub not_copied: Vec<String>,
     /// The layers.
     pub layers: Vec<DenseLayerReport>,

@@ -10,9 +10,8 @@ use crate::layers::AdapterScale;
 use crate::tensor::Tensor;
 
 impl MixtureAdapter {
-    /// One expert of every layer as a plain LoRA adapter: what the layers compute for tokens that take this expert alone, with a gate of
-    /// 1 times the routing's scale, which the pair's scale holds. Gates that are normalised over the chosen are that where one is chosen; those that are not (`renormalize: false`) are the
-    /// expert's score instead, which differs from token to token and has no place in a LoRA.
+    /// One expert of every layer as a plain LoRA adapter: what the layers compute for tokens that take this expert alone. A gate is then
+    /// 1 times the routing's scale, which the pair's scale holds.
     ///
     /// Of a [`RotMole`](crate::layers::RotMole) it is the expert without its rotation, which no LoRA has: the expert at rotation 0. Of
     /// a [`CoMol`](crate::layers::CoMol) it is A and B Mᵀ; A is repeated where layers share it.

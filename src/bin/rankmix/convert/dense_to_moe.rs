@@ -84,7 +84,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     if !report.not_copied.is_empty() {
         eprintln!(
-            "rankmix: warning: not copied, because they hold weights of the model as it was: {}",
+            "rankmix: warning: not copied: {}",
             report.not_copied.join(", ")
         );
     }
