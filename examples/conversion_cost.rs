@@ -37,7 +37,8 @@ struct Options {
     calibration: Option<usize>,
     #[arg(long)]
     similarity: bool,
-    #[arg(long, default_value_t = 1)]
+    /// Of `randomized`; as many as `rankmix convert moe-to-latent` does.
+    #[arg(long, default_value_t = 2)]
     power_iterations: usize,
     #[arg(long, default_value_t = 0)]
     threads: usize,

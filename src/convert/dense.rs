@@ -5,6 +5,8 @@
 //! router is multiplied by so small a power of two that exp(logit) rounds to 1 in 32 bits. The gates are then 1/k (renormalised over the chosen) or 1/E (over all), exactly,
 //! and the down projections are multiplied by k or E.
 
+use std::borrow::Cow;
+
 use faer::linalg::triangular_solve::{
     solve_lower_triangular_in_place, solve_upper_triangular_in_place,
 };
@@ -26,6 +28,9 @@ const RIDGE: f64 = 0.1;
 /// The largest logit of the activations that the router is made with, as an exponent of 2. exp(x) rounds to 1 in 32 bits below 2^-25: this leaves inputs
 /// that are 64 times as large.
 const LARGEST_LOGIT: i32 = -31;
+
+/// Tokens whose outputs of all experts are in memory at once.
+const BLOCK_TOKENS: usize = 256;
 
 /// A gated feed-forward layer, `down (silu(gate x) * (up x))`.
 #[derive(Clone, Debug, PartialEq)]
@@ -154,6 +159,10 @@ pub fn normed_inputs(norm: &Tensor, tokens: usize, seed: u64) -> Result<Tensor> 
 /// less the mean over experts, to three quarters of `activations` (`[tokens, n]`); the report is about the last quarter. With `top_k` = E the mixture's output is the
 /// dense layer's but for the rounding of sums.
 ///
+/// Experts are spread over rayon's threads, and the result does not depend on how many there are. Memory besides the layer and as much again for its experts: 4 n bytes a token for
+/// the activations, and at the peak either 8 n + 24 E for each of those that the router is fitted to and 8 n² for their moments, or the outputs of 256 tokens, 4 E n bytes each. With
+/// n = 4096, E = 64 and 4 n tokens that is 0.8 GiB.
+///
 /// # Errors
 /// [`Error::Setting`] if E does not divide the intermediate width, `top_k` is not between 1 and E or there are fewer than 4 tokens;
 /// [`Error::Shape`] if the matrices or the activations do not fit each other; [`Error::NotFinite`] if one of them holds a NaN or an infinity.
@@ -169,60 +178,30 @@ pub fn split_dense(
         seed,
     } = *options;
     let [m, n] = check(dense, activations, options)?;
-    let [gate, up, down] = [&dense.gate, &dense.up, &dense.down].map(Tensor::to_f32);
-    let neuron_to_expert = equal_clusters(MatRef::from_row_major_slice(&gate, m, n), experts, seed);
-    let mut neurons = vec![Vec::new(); experts];
-    for (neuron, &expert) in neuron_to_expert.iter().enumerate() {
-        neurons[expert].push(neuron);
-    }
-
-    let rows = |from: &[f32]| -> Vec<f32> {
-        let rows = neurons.iter().flatten();
-        rows.flat_map(|&neuron| &from[neuron * n..(neuron + 1) * n])
-            .copied()
-            .collect()
-    };
-    let columns = |scale: f32| -> Vec<f32> {
-        let mut out = Vec::with_capacity(n * m);
-        for neurons in &neurons {
-            for row in down.chunks(m) {
-                out.extend(neurons.iter().map(|&neuron| scale * row[neuron]));
-            }
-        }
-        out
-    };
-    let (gate, up, plain_down) = (rows(&gate), rows(&up), columns(1.0));
-    let tokens = activations.shape().dims()[0];
-    let x = activations.to_f32();
-    let x = MatRef::from_row_major_slice(&x, tokens, n);
     let size = m / experts;
-    let outputs: Vec<Mat<f32>> = (0..experts)
-        .into_par_iter()
-        .map(|expert| {
-            let part = expert * size * n..(expert + 1) * size * n;
-            let projected = |weights: &[f32]| {
-                product(
-                    x,
-                    MatRef::from_row_major_slice(weights, size, n).transpose(),
-                )
-            };
-            let (gate, mut inside) = (projected(&gate[part.clone()]), projected(&up[part.clone()]));
-            for column in 0..size {
-                for row in 0..tokens {
-                    inside[(row, column)] *= Activation::Silu.value(gate[(row, column)]);
-                }
-            }
-            let down = MatRef::from_row_major_slice(&plain_down[part], n, size);
-            product(inside.as_ref(), down.transpose())
-        })
-        .collect();
-    let norms = Mat::from_fn(tokens, experts, |token, expert| {
-        let row = outputs[expert].as_ref().subrows(token, 1);
-        squared_norm(row).sqrt()
-    });
+    let (neuron_to_expert, mut parts) = {
+        let gate = floats(&dense.gate);
+        let neuron_to_expert =
+            equal_clusters(MatRef::from_row_major_slice(&gate, m, n), experts, seed);
+        let parts = ExpertParts::new(dense, &neuron_to_expert, [experts, size, n]);
+        (neuron_to_expert, parts)
+    };
+    let tokens = activations.shape().dims()[0];
+    let x = floats(activations);
+    let x = MatRef::from_row_major_slice(&x, tokens, n);
     let fitted = tokens - tokens / 4;
-    let router = router(x, &norms, fitted);
-    let logits = product(x, router.transpose());
+    let mut norms = Mat::zeros(fitted, experts);
+    for (start, block) in blocks(x.subrows(0, fitted)) {
+        let found = norms_of(&parts.outputs(block));
+        let place = norms.as_mut().subrows_mut(start, block.nrows());
+        { place }.copy_from(found);
+    }
+    let router = router(x.subrows(0, fitted), &norms);
+    let mut kept = Kept::new(options);
+    for (_, block) in blocks(x.subrows(fitted, tokens - fitted)) {
+        let logits = product(block, router.transpose());
+        kept.add(&parts.outputs(block), &logits);
+    }
     let report = DenseReport {
         experts,
         top_k,
@@ -230,19 +209,113 @@ pub fn split_dense(
         neuron_to_expert,
         tokens: fitted,
         held_out_tokens: tokens - fitted,
-        kept_output: kept_output(&outputs, &logits, &norms, fitted, options),
+        kept_output: kept.report(top_k),
     };
     let scale = match gates {
         DenseGates::Chosen => top_k,
         DenseGates::All => experts,
-    };
+    } as f32;
+    parts.down.iter_mut().for_each(|weight| *weight *= scale);
     let moe = MoeExperts {
-        gate: Tensor::f32([experts, size, n], gate)?,
-        up: Tensor::f32([experts, size, n], up)?,
-        down: Tensor::f32([experts, n, size], columns(scale as f32))?,
+        gate: Tensor::f32([experts, size, n], parts.gate)?,
+        up: Tensor::f32([experts, size, n], parts.up)?,
+        down: Tensor::f32([experts, n, size], parts.down)?,
     };
     let router = (0..experts * n).map(|i| router[(i / n, i % n)]).collect();
     Ok((moe, Tensor::f32([experts, n], router)?, report))
+}
+
+/// A tensor's elements in 32 bits, copied only if they are in others.
+fn floats(tensor: &Tensor) -> Cow<'_, [f32]> {
+    match tensor.as_f32() {
+        Some(elements) => elements.into(),
+        None => tensor.to_f32().into(),
+    }
+}
+
+/// [`BLOCK_TOKENS`] rows at a time, and the number of the first of them.
+fn blocks(rows: MatRef<'_, f32>) -> impl Iterator<Item = (usize, MatRef<'_, f32>)> {
+    (0..rows.nrows()).step_by(BLOCK_TOKENS).map(move |start| {
+        let count = BLOCK_TOKENS.min(rows.nrows() - start);
+        (start, rows.subrows(start, count))
+    })
+}
+
+/// |E_i(x)| for each token and expert.
+fn norms_of(outputs: &[Mat<f32>]) -> Mat<f64> {
+    let tokens = outputs.first().map_or(0, Mat::nrows);
+    Mat::from_fn(tokens, outputs.len(), |token, expert| {
+        squared_norm(outputs[expert].as_ref().subrows(token, 1)).sqrt()
+    })
+}
+
+/// The neurons of a dense layer, in the order of the experts.
+struct ExpertParts {
+    /// `[E, m / E, n]`.
+    gate: Vec<f32>,
+    /// `[E, m / E, n]`.
+    up: Vec<f32>,
+    /// `[E, n, m / E]`.
+    down: Vec<f32>,
+    /// E, m / E and n.
+    extents: [usize; 3],
+}
+
+impl ExpertParts {
+    fn new(dense: &DenseFeedForward, neuron_to_expert: &[usize], extents: [usize; 3]) -> Self {
+        let [experts, size, n] = extents;
+        let m = experts * size;
+        let mut neurons = vec![Vec::new(); experts];
+        for (neuron, &expert) in neuron_to_expert.iter().enumerate() {
+            neurons[expert].push(neuron);
+        }
+        let rows = |from: &Tensor| {
+            let from = floats(from);
+            let mut out = Vec::with_capacity(m * n);
+            for &neuron in neurons.iter().flatten() {
+                out.extend_from_slice(&from[neuron * n..(neuron + 1) * n]);
+            }
+            out
+        };
+        let (gate, up) = (rows(&dense.gate), rows(&dense.up));
+        let from = floats(&dense.down);
+        let mut down = Vec::with_capacity(n * m);
+        for neurons in &neurons {
+            for row in from.chunks(m) {
+                down.extend(neurons.iter().map(|&neuron| row[neuron]));
+            }
+        }
+        Self {
+            gate,
+            up,
+            down,
+            extents,
+        }
+    }
+
+    /// E_i(x) of each expert for each row of `x`.
+    fn outputs(&self, x: MatRef<'_, f32>) -> Vec<Mat<f32>> {
+        let [experts, size, n] = self.extents;
+        (0..experts)
+            .into_par_iter()
+            .map(|expert| {
+                let part = expert * size * n..(expert + 1) * size * n;
+                let projected = |weights: &[f32]| {
+                    let weights = MatRef::from_row_major_slice(weights, size, n);
+                    product(x, weights.transpose())
+                };
+                let gate = projected(&self.gate[part.clone()]);
+                let mut inside = projected(&self.up[part.clone()]);
+                for column in 0..size {
+                    for row in 0..x.nrows() {
+                        inside[(row, column)] *= Activation::Silu.value(gate[(row, column)]);
+                    }
+                }
+                let down = MatRef::from_row_major_slice(&self.down[part], n, size);
+                product(inside.as_ref(), down.transpose())
+            })
+            .collect()
+    }
 }
 
 fn check(
@@ -295,10 +368,9 @@ fn check(
     Ok([m, n])
 }
 
-/// The least-squares fit to the first `fitted` tokens, scaled so that softmax makes uniform gates of its logits.
-fn router(x: MatRef<'_, f32>, norms: &Mat<f64>, fitted: usize) -> Mat<f32> {
-    let (n, experts) = (x.ncols(), norms.ncols());
-    let seen = x.subrows(0, fitted);
+/// The least-squares fit of `norms` to the tokens `seen`, scaled so that softmax makes uniform gates of its logits.
+fn router(seen: MatRef<'_, f32>, norms: &Mat<f64>) -> Mat<f32> {
+    let (fitted, n, experts) = (seen.nrows(), seen.ncols(), norms.ncols());
     let Some(lower) = lower_of_moments(seen, RIDGE) else {
         return Mat::zeros(experts, n);
     };
@@ -325,64 +397,80 @@ fn router(x: MatRef<'_, f32>, norms: &Mat<f64>, fitted: usize) -> Mat<f32> {
     })
 }
 
-fn kept_output(
-    outputs: &[Mat<f32>],
-    logits: &Mat<f32>,
-    norms: &Mat<f64>,
-    fitted: usize,
-    options: &DenseOptions,
-) -> Vec<KeptOutput> {
-    let (tokens, n) = (norms.nrows(), outputs[0].ncols());
-    let experts = options.experts;
-    let mut random = Gaussian::new(options.seed);
-    let mut energy = 0.0;
-    // Sums of squares of what the first k of three orders of the experts leave out.
-    let mut missing = vec![[0.0_f64; 3]; experts];
-    for token in fitted..tokens {
-        let dense: Vec<f64> = (0..n)
-            .map(|column| {
-                outputs
-                    .iter()
-                    .map(|output| f64::from(output[(token, column)]))
-                    .sum()
-            })
-            .collect();
-        energy += dense.iter().map(|y| y * y).sum::<f64>();
-        let shuffled: Vec<f64> = (0..experts).map(|_| random.uniform()).collect();
-        let scores: [&dyn Fn(usize) -> f64; 3] = [
-            &|expert| f64::from(logits[(token, expert)]),
-            &|expert| shuffled[expert],
-            &|expert| norms[(token, expert)],
-        ];
-        for (which, score) in scores.into_iter().enumerate() {
-            let mut order: Vec<usize> = (0..experts).collect();
-            order.sort_by(|&a, &b| score(b).total_cmp(&score(a)));
-            let mut left = dense.clone();
-            for (taken, &expert) in order.iter().enumerate() {
-                for (column, left) in left.iter_mut().enumerate() {
-                    *left -= f64::from(outputs[expert][(token, column)]);
+/// What some experts keep of the outputs of tokens.
+struct Kept {
+    random: Gaussian,
+    /// The sum of squares of the dense outputs.
+    energy: f64,
+    /// Sums of squares of what the first k of three orders of the experts leave out.
+    missing: Vec<[f64; 3]>,
+}
+
+impl Kept {
+    fn new(options: &DenseOptions) -> Self {
+        Self {
+            random: Gaussian::new(options.seed),
+            energy: 0.0,
+            missing: vec![[0.0; 3]; options.experts],
+        }
+    }
+
+    /// Adds tokens with the outputs of all experts, `[tokens, n]` each, and their logits.
+    fn add(&mut self, outputs: &[Mat<f32>], logits: &Mat<f32>) {
+        let norms = norms_of(outputs);
+        let (tokens, experts) = (norms.nrows(), norms.ncols());
+        let n = outputs.first().map_or(0, Mat::ncols);
+        for token in 0..tokens {
+            let dense: Vec<f64> = (0..n)
+                .map(|column| {
+                    outputs
+                        .iter()
+                        .map(|output| f64::from(output[(token, column)]))
+                        .sum()
+                })
+                .collect();
+            self.energy += dense.iter().map(|y| y * y).sum::<f64>();
+            let shuffled: Vec<f64> = (0..experts).map(|_| self.random.uniform()).collect();
+            let scores: [&dyn Fn(usize) -> f64; 3] = [
+                &|expert| f64::from(logits[(token, expert)]),
+                &|expert| shuffled[expert],
+                &|expert| norms[(token, expert)],
+            ];
+            for (which, score) in scores.into_iter().enumerate() {
+                let mut order: Vec<usize> = (0..experts).collect();
+                order.sort_by(|&a, &b| score(b).total_cmp(&score(a)));
+                let mut left = dense.clone();
+                for (taken, &expert) in order.iter().enumerate() {
+                    for (column, left) in left.iter_mut().enumerate() {
+                        *left -= f64::from(outputs[expert][(token, column)]);
+                    }
+                    self.missing[taken][which] += left.iter().map(|y| y * y).sum::<f64>();
                 }
-                missing[taken][which] += left.iter().map(|y| y * y).sum::<f64>();
             }
         }
     }
-    let kept = |missing: f64| {
-        if energy > 0.0 {
-            1.0 - missing / energy
-        } else {
-            1.0
-        }
-    };
-    (1..=experts)
-        .filter(|&k| k.is_power_of_two() || k == options.top_k || k == experts)
-        .map(|top_k| {
-            let [router, random, largest] = missing[top_k - 1].map(kept);
-            KeptOutput {
-                top_k,
-                router,
-                random,
-                largest,
+
+    /// For 1, 2, 4 and so on experts, for `top_k` and for all of them.
+    fn report(&self, top_k: usize) -> Vec<KeptOutput> {
+        let kept = |missing: f64| {
+            if self.energy > 0.0 {
+                1.0 - missing / self.energy
+            } else {
+                1.0
             }
-        })
-        .collect()
+        };
+        let experts = self.missing.len();
+        (1..=experts)
+            .filter(|&k| k.is_power_of_two() || k == top_k || k == experts)
+            .map(|top_k| {
+                let [router, random, largest] = self.missing[top_k - 1].map(kept);
+                KeptOutput {
+                    top_k,
+                    router,
+                    random,
+                    largest,
+                }
+            })
+            .collect()
+    }
 }

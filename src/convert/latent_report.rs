@@ -19,7 +19,8 @@ pub enum Operator {
 pub struct RelativeError {
     /// Of the matrices, by Frobenius' norm.
     pub unweighted: f64,
-    /// Of what the matrices make of the calibration's tokens: the root of E\[|ΔW x|²\] by that of E\[|W x|²\]. `None` without calibration.
+    /// Of what the matrices make of the calibration's tokens: the root of E\[|ΔW x|²\] by that of E\[|W x|²\]. A millionth of their mean diagonal is added to the
+    /// diagonal of the second moments (see [`Calibration`](crate::convert::Calibration)), so that directions of no token count a little. `None` without calibration.
     pub weighted: Option<f64>,
 }
 

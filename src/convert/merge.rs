@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::convert::plan::grouped;
 use crate::convert::source::{copy_others, identity};
-use crate::convert::stage::{Fingerprint, REPORT, Replacement, Stage, json_of};
+use crate::convert::stage::{Fingerprint, REPORT, Replacement, Stage};
 use crate::error::{Error, Result};
 use crate::formats::{
     Checkpoint, FusedExperts, LoraPair, ModelWriter, OutputTensor, PeftAdapter, Target,
@@ -255,7 +255,7 @@ pub fn merge_lora(
     check_not_tied(&changes, &keys)?;
     let fingerprint = Fingerprint {
         options: json!({
-            "kind": "merge_lora", "unmerge": options.unmerge, "dtype": options.dtype.map(|dtype| format!("{dtype:?}")),
+            "unmerge": options.unmerge, "dtype": options.dtype.map(|dtype| format!("{dtype:?}")),
         }),
         source: json!({
             "model": identity(&checkpoint, &[config])?,
@@ -293,12 +293,7 @@ pub fn merge_lora(
         tensors: merged,
         not_copied: copy_others(model, stage.folder(), &checkpoint, &[REPORT])?,
     };
-    let mut document = json!({
-        "conversion": "merge_lora", "options": fingerprint.options, "source": fingerprint.source,
-    });
-    document["tensors"] = json_of(REPORT, &report.tensors)?;
-    document["not_copied"] = json_of(REPORT, &report.not_copied)?;
-    stage.publish(&document)?;
+    stage.publish_with("merge_lora", &fingerprint, &report)?;
     progress(groups.len(), groups.len());
     Ok(report)
 }

@@ -5,6 +5,7 @@ mod calibration;
 mod clusters;
 mod core;
 mod dense;
+mod dense_config;
 mod dense_model;
 mod dense_source;
 mod fingerprint;
@@ -29,7 +30,7 @@ pub use calibration::Calibration;
 pub use dense::{
     DenseFeedForward, DenseGates, DenseOptions, DenseReport, KeptOutput, normed_inputs, split_dense,
 };
-pub use dense_model::{DenseLayerReport, DenseModelOptions, convert_dense_model};
+pub use dense_model::{DenseLayerReport, DenseModelOptions, DenseModelReport, convert_dense_model};
 pub use latent::{GroupBy, LatentOptions, SvdMethod, SvdOptions, SvdPrecision, convert_layer};
 pub use latent_report::{
     ActiveCost, LayerReport, Operator, OperatorReport, Parameters, PhaseErrors, RelativeError,

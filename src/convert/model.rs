@@ -157,17 +157,7 @@ pub fn convert_model(
         peak_memory_bytes: peak_memory_bytes(),
     };
     let report = ModelReport::new(records, not_copied, run);
-    let mut document = json!({
-        "conversion": "moe_to_latent",
-        "options": fingerprint.options,
-        "source": fingerprint.source,
-    });
-    if let (Some(document), Value::Object(report)) =
-        (document.as_object_mut(), json_of(REPORT, &report)?)
-    {
-        document.extend(report);
-    }
-    stage.publish(&document)?;
+    stage.publish_with("moe_to_latent", &fingerprint, &report)?;
     Ok(report)
 }
 

@@ -3,10 +3,12 @@
 use std::path::Path;
 
 use safetensors::tensor::Dtype;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::convert::LayerReport;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::file::damaged;
 use crate::formats::{Checkpoint, ModelWriter, MoeLayer, MoeModel, latent_parts};
 
 /// Layers of two versions do not belong in one model. To be counted up whenever a layer's result changes in any bit (grouping, singular vectors, refitting,
@@ -116,16 +118,12 @@ impl LatentWidths {
 }
 
 /// The record in a layer's file.
-pub(crate) fn record_of(file: &Checkpoint, path: &Path) -> Result<LayerRecord> {
-    let wrong = |reason: String| Error::Format {
-        path: path.to_owned(),
-        reason,
-    };
+pub(crate) fn record_of<T: DeserializeOwned>(file: &Checkpoint, path: &Path) -> Result<T> {
     let text = file
         .metadata()
         .get(RECORD)
-        .ok_or_else(|| wrong(format!("there is no `{RECORD}` in its metadata")))?;
-    serde_json::from_str(text).map_err(|error| wrong(format!("`{RECORD}`: {error}")))
+        .ok_or_else(|| damaged(path)(format!("there is no `{RECORD}` in its metadata")))?;
+    serde_json::from_str(text).map_err(|error| damaged(path)(format!("`{RECORD}`: {error}")))
 }
 
 /// Whether a run before this one has written the file: it is whole, because files get their names when they are, and holds what it must.
@@ -153,7 +151,8 @@ pub(crate) fn is_written(
         }
         Content::Layer(number) => model.layers().get(*number).is_some_and(|layer| {
             widths.are_those_of(layer, &file, dtype_of(layer, dtype))
-                && record_of(&file, &path).is_ok_and(|record| record.path == layer.path)
+                && record_of(&file, &path)
+                    .is_ok_and(|record: LayerRecord| record.path == layer.path)
         }),
     }
 }

@@ -37,7 +37,7 @@ fn name_in(root: &Path, path: &Path) -> Result<String> {
 }
 
 /// A file's name, size and time of its last change.
-fn facts(root: &Path, path: &Path) -> Result<Value> {
+pub(crate) fn facts(root: &Path, path: &Path) -> Result<Value> {
     let metadata = fs::metadata(path).map_err(at(path))?;
     // Some file systems keep no times; size and headers are left then.
     let modified = metadata.modified().ok();

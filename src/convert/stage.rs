@@ -250,6 +250,29 @@ impl Stage {
         &self.partial
     }
 
+    /// Gives the folder its name, with a report that says of what conversion it is: the keys of `report`, and `conversion`, `options` and `source`.
+    ///
+    /// # Errors
+    /// As [`Stage::publish`].
+    pub(crate) fn publish_with(
+        self,
+        conversion: &str,
+        fingerprint: &Fingerprint,
+        report: &impl Serialize,
+    ) -> Result<()> {
+        let mut document = json!({
+            "conversion": conversion,
+            "options": fingerprint.options,
+            "source": fingerprint.source,
+        });
+        if let (Some(document), Value::Object(report)) =
+            (document.as_object_mut(), json_of(REPORT, report)?)
+        {
+            document.extend(report);
+        }
+        self.publish(&document)
+    }
+
     /// Gives the folder its name, with this report in it. Where there was an old one, it is removed afterwards.
     ///
     /// # Errors

@@ -18,7 +18,7 @@ pub use self::mixture::{MixtureAdapter, MixtureKind, MixtureLayer, MoePeftAdapte
 pub(crate) use self::model_writer::write_json;
 pub use self::model_writer::{ModelWriter, OutputTensor};
 #[cfg(feature = "convert")]
-pub(crate) use self::moe::{LATENT_KEY, latent_parts};
+pub(crate) use self::moe::{LATENT_KEY, expert_shapes, latent_parts};
 pub use self::moe::{
     LATENT_LAYOUT_VERSION, LatentConfig, LatentDown, LatentExperts, LatentLayer, MoeConfig,
     MoeExperts, MoeLayer, MoeLayout, MoeModel, NamedMatrix, SharedMatrices,

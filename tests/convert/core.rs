@@ -13,6 +13,8 @@ use rankmix::layers::{
 use rankmix::ops::{Rotation, Score};
 use rankmix::{Device, Error, Graph, ParameterStore, Tensor, TensorType, Value};
 
+use crate::random::in_threads;
+
 const TOKENS: usize = 9;
 const Q: &str = "model.layers.0.self_attn.q_proj";
 const DOWN: &str = "model.layers.0.mlp.down_proj";
@@ -296,7 +298,7 @@ fn a_narrow_basis_keeps_what_changes_the_weight_most() {
 }
 
 #[test]
-fn two_conversions_are_equal_bit_for_bit_and_report_every_layer() {
+fn threads_do_not_change_a_bit_and_every_layer_is_reported() {
     let seen = Mutex::new(Vec::new());
     let loras = loras();
     let note = |layer: &rankmix::convert::CoreLayerReport| {
@@ -304,9 +306,11 @@ fn two_conversions_are_equal_bit_for_bit_and_report_every_layer() {
             .expect("no thread has panicked")
             .push(layer.layer.clone());
     };
-    let one = loras_to_comol(&loras, &LoraOptions::default(), note).expect("sound");
-    let two = convert(&loras, &LoraOptions::default());
-    assert_eq!(one, two);
+    let one = in_threads(1, || {
+        loras_to_comol(&loras, &LoraOptions::default(), note).expect("sound")
+    });
+    let three = in_threads(3, || convert(&loras, &LoraOptions::default()));
+    assert_eq!(one, three);
     let mut seen = seen.into_inner().expect("no thread has panicked");
     seen.sort();
     assert_eq!(seen, [DOWN, Q]);
@@ -447,6 +451,17 @@ fn mixture(rotated: Option<GateInput>) -> MixtureAdapter {
         _ = adapter.layers.insert(path.to_owned(), layer);
     }
     adapter
+}
+
+#[test]
+fn threads_do_not_change_a_bit_of_a_distilled_mixture() {
+    let source = mixture(None);
+    let with = |threads| {
+        in_threads(threads, || {
+            moe_lora_to_comol(&source, &DistillOptions::default(), |_| ()).expect("sound")
+        })
+    };
+    assert_eq!(with(1), with(3));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use rankmix::formats::MoeExperts;
 use rankmix::layers::{FeedForward, Moe, Routing};
 use rankmix::{Device, Error, Graph, ParameterStore, Tensor, TensorType};
 
-use crate::random::Random;
+use crate::random::{Random, in_threads};
 
 const HIDDEN: usize = 24;
 const NEURONS: usize = 48;
@@ -215,10 +215,17 @@ fn neurons_keep_their_three_weights() {
 }
 
 #[test]
-fn two_runs_are_equal_bit_for_bit() {
+fn threads_do_not_change_a_bit() {
     let options = options(6, 2, DenseGates::Chosen);
-    let (first, second) = (split(&dense(3), &options), split(&dense(3), &options));
-    assert_eq!(first, second);
+    let (dense, tokens) = (dense(3), inputs(1100, 1));
+    let with = |threads| {
+        in_threads(threads, || {
+            split_dense(&dense, &tokens, &options).expect("it fits")
+        })
+    };
+    let (one, three) = (with(1), with(3));
+    assert_eq!(one, three);
+    assert_eq!(with(3), three);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Reproducible random matrices.
+//! Reproducible random matrices, and pools of so many threads.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -24,6 +24,15 @@ impl Random {
     pub(crate) fn matrix(&mut self, rows: usize, columns: usize) -> Vec<f64> {
         (0..rows * columns).map(|_| self.next()).collect()
     }
+}
+
+/// The result of a function that finds so many threads.
+pub(crate) fn in_threads<T: Send>(threads: usize, run: impl FnOnce() -> T + Send) -> T {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build()
+        .expect("threads start")
+        .install(run)
 }
 
 /// `[rows, inner]` times `[inner, columns]`, row-major.

@@ -1,6 +1,7 @@
 //! Checkpoints of mixtures of experts: the layouts of other projects, and ours of latent experts.
 
 mod config;
+mod export;
 mod latent;
 mod layout;
 mod load;
@@ -12,7 +13,9 @@ mod weights;
 #[cfg(feature = "convert")]
 pub(crate) use self::config::LATENT_KEY;
 pub use self::config::{LATENT_LAYOUT_VERSION, LatentConfig, MoeConfig};
-pub use self::latent::NamedMatrix;
+pub use self::export::NamedMatrix;
+#[cfg(feature = "convert")]
+pub(crate) use self::export::expert_shapes;
 #[cfg(feature = "convert")]
 pub(crate) use self::latent::latent_parts;
 pub use self::layout::MoeLayout;

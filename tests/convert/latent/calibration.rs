@@ -1,7 +1,9 @@
 //! Errors weighted by what the layer sees.
 
 use rankmix::Tensor;
-use rankmix::convert::{Calibration, LatentOptions, convert_layer};
+use rankmix::convert::{
+    Calibration, LatentOptions, SvdMethod, SvdOptions, SvdPrecision, convert_layer,
+};
 use rankmix::formats::LatentDown;
 
 use crate::random::{Random, planted_experts, product, random_experts};
@@ -118,6 +120,73 @@ fn a_singular_calibration_converts_and_keeps_other_inputs_alive() {
     );
     // Five dimensions are left over for what the tokens do not show: not as good as all eight, but far from nothing.
     assert!(whole.unweighted < 0.9, "{whole:?}");
+}
+
+/// Tokens whose numbers fall evenly, on a logarithmic scale, from 1 to `smallest`: second moments of the condition `smallest`^-2, or none at all where they are fewer than
+/// the numbers.
+fn falling(seed: u64, tokens: usize, hidden: usize, smallest: f64) -> Tensor {
+    let mut random = Random::new(seed);
+    let data = (0..tokens * hidden)
+        .map(|i| {
+            let place = (i % hidden) as f64 / (hidden - 1) as f64;
+            (random.next() * smallest.powf(place)) as f32
+        })
+        .collect();
+    Tensor::f32([tokens, hidden], data).expect("the shape fits")
+}
+
+#[test]
+fn thirty_two_bits_do_as_well_as_sixty_four_on_ill_conditioned_calibrations() {
+    let random = random_experts(21, [4, 8, 24]);
+    let planted = planted_experts(22, [4, 8, 24], &[0; 4], 8);
+    for (tokens, smallest) in [
+        (4000, 1e-4),
+        (4000, 1e-6),
+        (4000, 1e-12),
+        (3, 1.0),
+        (3, 1e-4),
+    ] {
+        let tokens = falling(23, tokens, 24, smallest);
+        let calibration = Calibration::from_activations(&tokens).expect("it is finite");
+        for (experts, is_exact) in [(&random, false), (&planted, true)] {
+            for method in [
+                SvdMethod::Exact,
+                SvdMethod::Randomized {
+                    oversampling: 8,
+                    power_iterations: 2,
+                    seed: 0,
+                },
+            ] {
+                let errors = [SvdPrecision::F64, SvdPrecision::F32].map(|precision| {
+                    let options = LatentOptions {
+                        factored_down: true,
+                        svd: SvdOptions { precision, method },
+                        ..LatentOptions::new(1, 8)
+                    };
+                    let (latent, report) =
+                        convert_layer(experts, Some(&calibration), &options).expect("it converts");
+                    let whole = report.errors.whole;
+                    [
+                        whole.unweighted,
+                        whole.weighted.expect("there is a calibration"),
+                        output_error(experts, &latent, &tokens).sqrt(),
+                    ]
+                });
+                let [wide, narrow] = errors;
+                for (wide, narrow) in wide.into_iter().zip(narrow) {
+                    assert!(
+                        narrow <= 1.01 * wide + 1e-4,
+                        "moments of {smallest}, {method:?}: {errors:?}"
+                    );
+                }
+                assert!(
+                    narrow[1] <= 1.0001 * wide[1] + 5e-6,
+                    "{smallest}: {errors:?}"
+                );
+                assert!(!is_exact || wide.into_iter().all(|error| error < 1e-6));
+            }
+        }
+    }
 }
 
 #[test]

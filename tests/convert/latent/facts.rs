@@ -7,7 +7,7 @@ use rankmix::convert::{
 };
 use rankmix::formats::{LatentDown, MoeExperts};
 
-use crate::random::{planted_experts, random_experts};
+use crate::random::{in_threads, planted_experts, random_experts};
 
 const RANDOMIZED: SvdMethod = SvdMethod::Randomized {
     oversampling: 8,
@@ -331,12 +331,7 @@ fn threads_do_not_change_a_bit() {
             ..factored(4, 10)
         };
         let with = |threads| {
-            rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .build()
-                .expect("threads start")
-                .install(|| convert_layer(&experts, None, &options))
-                .expect("it converts")
+            in_threads(threads, || convert_layer(&experts, None, &options)).expect("it converts")
         };
         let (one, report_of_one) = with(1);
         let (five, report_of_five) = with(5);

@@ -1,7 +1,7 @@
 //! A converted layer beside its source, on the CPU.
 
 use rankmix::convert::{LatentOptions, convert_layer};
-use rankmix::formats::{LatentDown, LatentExperts, MoeExperts};
+use rankmix::formats::{LatentDown, LatentExperts, MoeExperts, MoeLayout};
 use rankmix::layers::{FeedForward, LatentMoe, Moe, Routing};
 use rankmix::{Device, Graph, ParameterStore, Tensor, TensorType};
 
@@ -114,4 +114,41 @@ fn at_full_latent_width_the_converted_layer_gives_what_the_source_gives() {
             .fold(0.0, f64::max);
         assert!(worst > 1e-3 * largest, "{worst} of {largest}");
     }
+}
+
+#[test]
+fn matrices_are_named_in_each_layout_whatever_their_elements_are_of() {
+    let wide =
+        |tensor: &Tensor| Tensor::f64(tensor.shape(), tensor.to_f64()).expect("the same shape");
+    let experts = random_experts(5, [3, 4, 6]);
+    let other = MoeExperts {
+        gate: wide(&experts.gate),
+        up: wide(&experts.up),
+        down: wide(&experts.down),
+    };
+    for (layout, last) in [
+        (MoeLayout::Mixtral, "w2.weight"),
+        (MoeLayout::PerExpert, "down_proj.weight"),
+    ] {
+        let named = experts.named("a.b", layout).expect("it fits");
+        assert_eq!(named, other.named("a.b", layout).expect("it fits"));
+        assert_eq!(named.len(), 9);
+        let down = &named[8];
+        assert_eq!(down.name, format!("a.b.experts.2.{last}"));
+        assert_eq!(down.shape, [6, 4]);
+        assert_eq!(down.elements[..], experts.down.to_f32()[2 * 24..]);
+    }
+    assert!(experts.named("a.b", MoeLayout::Fused).is_err());
+
+    let options = LatentOptions::new(1, 4);
+    let (latent, _) = convert_layer(&experts, None, &options).expect("it converts");
+    let other = LatentExperts {
+        up_latent: wide(&latent.up_latent),
+        gate_expert: wide(&latent.gate_expert),
+        ..latent.clone()
+    };
+    let named = latent.named("a.b").expect("it fits");
+    assert_eq!(named, other.named("a.b").expect("it fits"));
+    assert_eq!(named[4].name, "a.b.experts.2.gate_expert.weight");
+    assert_eq!(named[4].elements[..], latent.gate_expert.to_f32()[2 * 16..]);
 }

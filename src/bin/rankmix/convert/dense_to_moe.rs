@@ -4,21 +4,22 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::ValueEnum;
-use indicatif::ProgressBar;
 use rankmix::Result;
-use rankmix::convert::{DenseLayerReport, DenseModelOptions, convert_dense_model};
+use rankmix::convert::{DenseLayerReport, DenseModelOptions, Progress, convert_dense_model};
 use rankmix::formats::MoeLayout;
+
+use crate::convert::bar;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Layout {
-    /// Gates over the chosen experts; for this top-k alone.
+    /// Gates over the chosen experts; for this top-k alone. Its attention is Llama's.
     Mixtral,
-    /// Qwen3-MoE's without `norm_topk_prob`: gates over all experts; top-k can be changed in config.json afterwards.
+    /// Qwen3-MoE's without `norm_topk_prob`: gates over all experts; top-k can be changed in config.json afterwards. Its attention is Qwen3's, which norms queries and keys: other
+    /// programs load no Llama so.
     Qwen,
 }
 
-/// Splits the neurons of every dense feed-forward of a Llama-like model into experts of equal size, with a router that is fitted to how much each contributes. With as
-/// many experts a token as there are the model computes what it did before.
+/// What to convert, and how.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// A folder with config.json and safetensors files, or a GGUF file, of which feed-forwards and their norms are written.
@@ -44,16 +45,20 @@ pub(crate) struct Options {
     /// Replace OUT_DIR if it is an output of a conversion. The old one stays until the new one is whole.
     #[arg(long)]
     overwrite: bool,
-    /// Throw away what a conversion with other options has left unfinished in OUT_DIR.partial.
+    /// Throw away what a conversion with other options or of another model has left unfinished in OUT_DIR.partial.
     #[arg(long)]
     restart: bool,
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
-    let bar = ProgressBar::new(0);
-    let progress = |done: usize, of: usize| {
-        bar.set_length(of as u64);
-        bar.set_position(done as u64);
+    let bar = bar("{bar:40} {pos}/{len} files, {elapsed} [{eta}]", 0);
+    let listener = |progress: Progress<'_>| match progress {
+        Progress::Notice(text) => bar.suspend(|| eprintln!("rankmix: {text}")),
+        Progress::Written { finished, of } => {
+            bar.set_length(of as u64);
+            bar.set_position(finished as u64);
+        }
+        Progress::Layer { .. } => {}
     };
     let conversion = DenseModelOptions {
         experts: options.experts,
@@ -67,9 +72,19 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         overwrite: options.overwrite,
         restart: options.restart,
     };
-    let reports = convert_dense_model(&options.model, &options.out_dir, &conversion, &progress);
+    let report = convert_dense_model(&options.model, &options.out_dir, &conversion, &listener);
     bar.finish_and_clear();
-    print(&reports?);
+    let report = report?;
+    for warning in &report.warnings {
+        eprintln!("rankmix: warning: {warning}");
+    }
+    if !report.not_copied.is_empty() {
+        eprintln!(
+            "rankmix: warning: not copied: {}",
+            report.not_copied.join(", ")
+        );
+    }
+    print(&report.layers);
     println!("written to {}", options.out_dir.display());
     Ok(ExitCode::SUCCESS)
 }

@@ -74,7 +74,12 @@ pub(crate) enum Command {
     /// Make the dense feed-forwards of a model into mixtures of experts.
     ///
     /// Splits the neurons of every dense feed-forward of a Llama-like model into experts of equal size, with a router that is fitted to how much
-    /// each contributes. With as many experts a token as there are the model computes what it did before.
+    /// each contributes. With as many experts a token as there are each feed-forward computes what it did before, but for rounding: down
+    /// projections are multiplied by K (mixtral) or E (qwen), which is exact in 16 bits too if that is a power of two. What else the layout's
+    /// family does otherwise than the model's is said as a warning, and in conversion.json.
+    ///
+    /// OUT_DIR is made as OUT_DIR.partial and renamed at the end. After an interruption the same command goes on with the layers that are not
+    /// written yet, unless options or model are others.
     DenseToMoe(dense_to_moe::Options),
     /// Merge a LoRA adapter of PEFT into its model, or take it out again.
     ///
