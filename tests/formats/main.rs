@@ -10,6 +10,7 @@ macro_rules! assert_damaged {
     }};
 }
 
+mod adapter_folder;
 mod checkpoint;
 mod gguf;
 mod mixture;

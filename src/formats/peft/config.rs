@@ -8,9 +8,6 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::file;
 
-/// The file's name.
-pub(crate) const CONFIG: &str = "adapter_config.json";
-
 /// Keys that PEFT's LoRA has beside those that this crate looks at: they change how an adapter is trained, loaded or placed, not what it computes.
 const WITHOUT_EFFECT: [&str; 33] = [
     "arrow_config",
@@ -111,7 +108,7 @@ impl LoraConfig {
         };
         let object: Map<String, Value> =
             serde_json::from_str(json).map_err(|error| wrong(error.to_string()))?;
-        read_object(object).map_err(wrong)
+        Self::of(object).map_err(wrong)
     }
 
     /// The keys that PEFT does not have, as far as this release knows: kept and without effect. To be shown as a warning.
@@ -268,53 +265,11 @@ fn pattern<T>(
         .collect()
 }
 
-fn read_object(mut object: Map<String, Value>) -> Result<LoraConfig, String> {
-    match object.remove("peft_type") {
-        Some(Value::String(kind)) if kind == "LORA" => {}
-        Some(other) => return Err(format!("peft_type is {other}, \"LORA\" is read here")),
-        None => return Err("there is no peft_type".to_owned()),
-    }
-    let mut config = LoraConfig::default();
-    // What is null has its default.
-    let mut take = |key: &str| object.remove(key).filter(|value| !value.is_null());
-    if let Some(value) = take("r") {
-        config.rank = rank("r", &value)?;
-    }
-    if let Some(value) = take("lora_alpha") {
-        config.alpha = alpha("lora_alpha", &value)?;
-    }
-    if let Some(value) = take("use_rslora") {
-        config.rank_stabilised = flag("use_rslora", &value)?;
-    }
-    if let Some(value) = take("rank_pattern") {
-        config.rank_pattern = pattern("rank_pattern", &value, rank)?;
-    }
-    if let Some(value) = take("alpha_pattern") {
-        config.alpha_pattern = pattern("alpha_pattern", &value, alpha)?;
-    }
-    if let Some(value) = take("fan_in_fan_out") {
-        config.fan_in_fan_out = flag("fan_in_fan_out", &value)?;
-    }
-    if let Some(value) = take("lora_bias") {
-        config.lora_bias = flag("lora_bias", &value)?;
-    }
-    if let Some(value) = take("bias") {
-        match value.as_str() {
-            Some(bias @ ("none" | "all" | "lora_only")) => bias.clone_into(&mut config.bias),
-            _ => return Err(format!("bias is {value}, expected none, all or lora_only")),
-        }
-    }
-    let names = config.rank_pattern.iter().map(|(name, _)| name);
-    for name in names.chain(config.alpha_pattern.iter().map(|(name, _)| name)) {
-        Regex::new(name).map_err(|error| format!("the pattern `{name}`: {error}"))?;
-    }
-    if let Some(value) = object.get("use_dora")
-        && flag("use_dora", value)?
-    {
-        return Err(
-            "use_dora: the adapter is DoRA, which this release does not compute".to_owned(),
-        );
-    }
+/// Refuses an adapter that is valid only on a base that its initialisation has changed.
+///
+/// # Errors
+/// The key, its value and the reason.
+pub(crate) fn check_base(object: &Map<String, Value>) -> Result<(), String> {
     if let Some(kind) = object.get("init_lora_weights").and_then(Value::as_str) {
         let kind = kind.to_ascii_lowercase();
         let changes = ["pissa", "olora", "corda", "loftq"];
@@ -325,6 +280,63 @@ fn read_object(mut object: Map<String, Value>) -> Result<LoraConfig, String> {
             ));
         }
     }
-    config.others = object;
-    Ok(config)
+    Ok(())
+}
+
+impl LoraConfig {
+    /// The configuration of the file's object.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(crate) fn of(mut object: Map<String, Value>) -> Result<Self, String> {
+        match object.remove("peft_type") {
+            Some(Value::String(kind)) if kind == "LORA" => {}
+            Some(other) => return Err(format!("peft_type is {other}, \"LORA\" is read here")),
+            None => return Err("there is no peft_type".to_owned()),
+        }
+        let mut config = Self::default();
+        // What is null has its default.
+        let mut take = |key: &str| object.remove(key).filter(|value| !value.is_null());
+        if let Some(value) = take("r") {
+            config.rank = rank("r", &value)?;
+        }
+        if let Some(value) = take("lora_alpha") {
+            config.alpha = alpha("lora_alpha", &value)?;
+        }
+        if let Some(value) = take("use_rslora") {
+            config.rank_stabilised = flag("use_rslora", &value)?;
+        }
+        if let Some(value) = take("rank_pattern") {
+            config.rank_pattern = pattern("rank_pattern", &value, rank)?;
+        }
+        if let Some(value) = take("alpha_pattern") {
+            config.alpha_pattern = pattern("alpha_pattern", &value, alpha)?;
+        }
+        if let Some(value) = take("fan_in_fan_out") {
+            config.fan_in_fan_out = flag("fan_in_fan_out", &value)?;
+        }
+        if let Some(value) = take("lora_bias") {
+            config.lora_bias = flag("lora_bias", &value)?;
+        }
+        if let Some(value) = take("bias") {
+            match value.as_str() {
+                Some(bias @ ("none" | "all" | "lora_only")) => bias.clone_into(&mut config.bias),
+                _ => return Err(format!("bias is {value}, expected none, all or lora_only")),
+            }
+        }
+        let names = config.rank_pattern.iter().map(|(name, _)| name);
+        for name in names.chain(config.alpha_pattern.iter().map(|(name, _)| name)) {
+            Regex::new(name).map_err(|error| format!("the pattern `{name}`: {error}"))?;
+        }
+        if let Some(value) = object.get("use_dora")
+            && flag("use_dora", value)?
+        {
+            return Err(
+                "use_dora: the adapter is DoRA, which this release does not compute".to_owned(),
+            );
+        }
+        check_base(&object)?;
+        config.others = object;
+        Ok(config)
+    }
 }
