@@ -404,7 +404,7 @@ fn every_truncation_is_refused() {
     for cut in 0..needed {
         let error = parsed(&whole[..cut]).expect_err("this must be refused");
         let message = error.to_string();
-        assert!(matches!(error, rankmix::Error::Format { .. }), "{error:?}");
+        assert!(matches!(error, Error::Format { .. }), "{error:?}");
         // In the header something ends too early, or there is no room for as many as it says; behind it a tensor.
         let of_tensor = message.contains(&format!("the file ends at byte {cut}"));
         let of_header = ["the file is truncated", "room for"];

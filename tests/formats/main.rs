@@ -15,6 +15,7 @@ mod checkpoint;
 mod gguf;
 mod mixture;
 mod mixture_damage;
+mod mixture_property;
 mod model_writer;
 mod moe_peft;
 mod peft;

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::file;
 use crate::formats::checkpoint::{self, ADAPTER, Checkpoint, RawTensor};
 
@@ -38,7 +38,7 @@ pub(crate) struct Opened<C> {
 /// Opens an adapter's folder; `config` makes the configuration of the file's object, or says what is wrong with it.
 ///
 /// # Errors
-/// [`Error::File`] if a file cannot be read; [`Error::Format`] if one is damaged, the tensors are a pickle, the configuration is missing beside
+/// [`Error::File`](crate::Error::File) if a file cannot be read; [`Error::Format`](crate::Error::Format) if one is damaged, the tensors are a pickle, the configuration is missing beside
 /// tensors, or was replaced while they were opened.
 pub(crate) fn open<C>(
     folder: &Path,
@@ -104,7 +104,7 @@ fn staged(folder: &Path) -> Option<String> {
 /// Opens the tensors of an adapter's folder.
 ///
 /// # Errors
-/// [`Error::File`] if they are not there, [`Error::Format`] if they are damaged or a pickle.
+/// [`Error::File`](crate::Error::File) if they are not there, [`Error::Format`](crate::Error::Format) if they are damaged or a pickle.
 fn open_tensors(folder: &Path) -> Result<Checkpoint> {
     let path = folder.join(ADAPTER);
     let pickle = folder.join("adapter_model.bin");
@@ -119,7 +119,7 @@ fn open_tensors(folder: &Path) -> Result<Checkpoint> {
 /// of other names are left alone.
 ///
 /// # Errors
-/// [`Error::File`] if it cannot be written: then what was there before is there still, unless the configuration alone could not be put
+/// [`Error::File`](crate::Error::File) if it cannot be written: then what was there before is there still, unless the configuration alone could not be put
 /// into place, and is missing.
 pub(crate) fn write(
     folder: &Path,
