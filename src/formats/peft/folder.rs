@@ -182,3 +182,43 @@ fn keep_order(folder: &Path) {
         _ = fs::File::open(folder).and_then(|folder| folder.sync_all());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::path::Path;
+
+    use super::{open, write};
+    use crate::error::Error;
+
+    fn written(folder: &Path, config: &str) {
+        write(folder, &[], HashMap::new(), config).expect("a folder of its own");
+    }
+
+    /// A writer comes between the configuration and the tensors: those are not given out under another one's configuration.
+    #[test]
+    fn a_configuration_that_is_replaced_while_it_is_read_is_refused() {
+        let folder = tempfile::tempdir().expect("a folder of its own");
+        let folder = folder.path();
+        let (one, other) = (r#"{"r": 1}"#, r#"{"r": 2}"#);
+        written(folder, one);
+        // Twice: in the end there is the text that was read, and other tensors may have been there.
+        let writers: &[&[&str]] = if cfg!(unix) {
+            &[&[other], &[other, one], &[one]]
+        } else {
+            &[&[other]]
+        };
+        for configs in writers {
+            written(folder, one);
+            let opened = open(folder, |_| {
+                configs.iter().for_each(|config| written(folder, config));
+                Ok(())
+            });
+            let found = matches!(&opened, Err(Error::Format { reason, .. }) if reason.contains("was replaced"));
+            assert!(found, "{configs:?}: {opened:?}");
+        }
+        written(folder, one);
+        let opened = open(folder, |object| Ok(object["r"].clone())).expect("nobody writes");
+        assert_eq!(opened.config, 1);
+    }
+}
