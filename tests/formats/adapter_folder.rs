@@ -109,10 +109,8 @@ fn writes_in_turns() {
         return;
     };
     println!("in turns");
-    loop {
-        for alpha in [2.0, 4.0] {
-            lora(alpha).write(&folder).expect("a folder of the test");
-        }
+    for alpha in [2.0, 4.0].into_iter().cycle() {
+        lora(alpha).write(&folder).expect("a folder of the test");
     }
 }
 

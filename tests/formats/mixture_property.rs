@@ -437,9 +437,8 @@ fn what_reading_refuses_is_not_written() {
             "rotation",
             |config| config["rotation"] = "planes".into(),
             |adapter| {
-                _ = adapter
-                    .others
-                    .insert("rotation".to_owned(), "planes".into())
+                let key = "rotation".to_owned();
+                adapter.others.insert(key, "planes".into());
             },
         ),
     ];

@@ -404,7 +404,7 @@ fn integers_are_no_factors_and_stay_integers_elsewhere() {
         .windows(from.len())
         .position(|window| window == from.as_bytes());
     let at = at.expect("a tensor of the header");
-    let mut changed = bytes.clone();
+    let mut changed = bytes;
     changed[at..at + to.len()].copy_from_slice(to.as_bytes());
     fs::write(&path, changed).expect("a folder of its own");
     assert_damaged!(PeftAdapter::read(folder.path()), name.as_str(), "U8");
