@@ -1,5 +1,5 @@
 //! Adapters in the formats of others and in ours: a LoRA layer's matrices are written as a folder of PEFT and as a GGUF adapter, read back, merged into the weight
-//! underneath, and compared; a RotMoLE layer in our layout, and one of its experts as a folder of PEFT.
+//! underneath, and compared; RotMoLE and CoMoL layers in our layout, and an expert of each as a folder of PEFT.
 //!
 //! `cargo run --release --example formats -- OUT_DIR`
 
@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 
 use rankmix::formats::{
     GgufFile, GgufLora, GgufType, GgufValue, GgufWriter, LoraConfig, LoraPair, MixtureAdapter,
-    PeftAdapter, Target, TensorFile,
+    MixtureLayer, PeftAdapter, Target, TensorFile,
 };
-use rankmix::layers::{AdapterOptions, Linear, Lora, RotMole, Routing};
+use rankmix::layers::{AdapterOptions, CoMol, GateInput, Linear, Lora, RotMole, Routing};
+use rankmix::ops::Rotation;
 use rankmix::{Device, Graph, Init, ParameterStore, Result, Tensor, TensorType};
 
 const LAYER: &str = "model.layers.0.self_attn.q_proj";
@@ -30,28 +31,42 @@ fn largest_difference(one: &Tensor, other: &Tensor) -> f32 {
     pairs.map(|(x, y)| (x - y).abs()).fold(0.0, f32::max)
 }
 
-/// A mixture in our layout, and one of its experts as PEFT has it.
-fn mixture(folder: &Path) -> Result<()> {
+/// Mixtures in our layout, and one expert of each as PEFT has it.
+fn mixtures(folder: &Path) -> Result<()> {
     let base = Linear::new(LAYER, D_IN, D_OUT);
-    let layer = RotMole::new(base, AdapterOptions::new(RANK, ALPHA), Routing::new(4, 2))?;
-    let mut graph = Graph::new();
-    let x = graph.input("x", TensorType::f32([16, D_IN]))?;
-    layer.forward(&mut graph, x)?;
-    let store = ParameterStore::new(&Device::cpu());
-    store.initialize(&graph, 1)?;
-    let name = format!("{LAYER}.lora_b");
-    let b = spread([4 * D_OUT, RANK], 3)?.to_f32();
-    store.insert(&name, &Tensor::f32([4, D_OUT, RANK], b)?)?;
+    let options = AdapterOptions::new(RANK, ALPHA);
+    let routing = Routing::new(4, 2);
+    let rotated = |gate_input| {
+        RotMole::with_rotation(base.clone(), options, routing, Rotation::Planes, gate_input)
+    };
+    let comol = CoMol::new(base.clone(), options, 4)?;
+    for (name, layer) in [
+        ("rotmole", rotated(GateInput::Input)?.into()),
+        ("rotmole-static", rotated(GateInput::Static)?.into()),
+        ("comol", comol.into()),
+    ] {
+        mixture(folder, name, layer)?;
+    }
+    Ok(())
+}
 
-    let adapter = MixtureAdapter::from_store(&store, [layer.into()])?;
-    let path = folder.join("rotmole");
+fn mixture(folder: &Path, name: &str, layer: MixtureLayer) -> Result<()> {
+    // As it would be after training: numbers in every parameter.
+    let mut adapter = MixtureAdapter::default();
+    for (seed, (parameter, dims)) in layer.parameters()?.into_iter().enumerate() {
+        let count = dims.iter().product();
+        let numbers = spread([1, count], seed + 3)?.to_f32();
+        let tensor = Tensor::f32(dims, numbers)?;
+        adapter.tensors.insert(parameter, tensor);
+    }
+    adapter.layers.insert(LAYER.to_owned(), layer);
+    let path = folder.join(name);
     adapter.write(&path)?;
     let read = MixtureAdapter::read(&path)?;
     assert_eq!(read, adapter, "our layout gave something else back");
     println!("{}: read back bit for bit", path.display());
-    let expert = read.expert(2)?;
-    let path = folder.join("rotmole-expert");
-    expert.write(&path)?;
+    let path = folder.join(format!("{name}-expert"));
+    read.expert(2)?.write(&path)?;
     println!("{}: one expert as LoRA", path.display());
     Ok(())
 }
@@ -149,7 +164,7 @@ fn main() -> Result<()> {
         let metadata = BTreeMap::new();
         TensorFile { tensors, metadata }.write(folder.join(name))?;
     }
-    mixture(&folder)?;
+    mixtures(&folder)?;
     println!(
         "look at them: cargo run --release --features cli -- inspect {}",
         peft.display()

@@ -67,7 +67,7 @@ def read(folder):
 
 
 def read_mixture(folder):
-    """Our layout for mixtures, and one expert as a plain adapter."""
+    """Our layout for mixtures, and one expert of each as a plain adapter."""
     config = json.load(open(f"{folder}/rotmole/adapter_config.json"))
     assert (config["peft_type"], config["format"], config["format_version"]) == ("ROTMOLE", "rankmix", 1), config
     with safe_open(f"{folder}/rotmole/adapter_model.safetensors", "numpy") as file:
@@ -76,9 +76,31 @@ def read_mixture(folder):
     assert tensors[f"{PREFIX}.moe_gate.weight"].shape == (4, 64)
     assert tensors[f"{PREFIX}.rotation_gate.3.weight"].shape == (2, 64)
     assert len(tensors) == 1 + 3 * 4, sorted(tensors)
-    expert = load_file(f"{folder}/rotmole-expert/adapter_model.safetensors")
-    for part in "AB":
-        same(f"expert as LoRA, {part}", expert[f"{PREFIX}.lora_{part}.weight"], tensors[f"{PREFIX}.experts.2.lora_{part}.weight"])
+    a, b = (tensors[f"{PREFIX}.experts.2.lora_{part}.weight"] for part in "AB")
+    close("expert as LoRA", folder, "rotmole-expert", b @ a)
+
+    tensors = load_file(f"{folder}/rotmole-static/adapter_model.safetensors")
+    a, b = (tensors[f"{PREFIX}.experts.2.lora_{part}.weight"] for part in "AB")
+    rotation = numpy.zeros((4, 4))
+    for plane, angle in enumerate(tensors[f"{PREFIX}.rotation_generator"][2].astype(numpy.float64)):
+        sin, cos = numpy.sin(angle), numpy.cos(angle)
+        at = slice(2 * plane, 2 * plane + 2)
+        rotation[at, at] = [[cos, -sin], [sin, cos]]
+    close("expert with its rotation as LoRA", folder, "rotmole-static-expert", b @ rotation @ a)
+
+    tensors = load_file(f"{folder}/comol/adapter_model.safetensors")
+    a, b = (tensors[f"{PREFIX}.lora_{part}.weight"] for part in "AB")
+    close("core expert as LoRA", folder, "comol-expert", b @ tensors[f"{PREFIX}.core"][2].T @ a)
+
+
+def close(what, folder, name, expected):
+    """The exported pair against the product of the mixture's tensors."""
+    expert = load_file(f"{folder}/{name}/adapter_model.safetensors")
+    assert len(expert) == 2, sorted(expert)
+    a, b = (expert[f"{PREFIX}.lora_{part}.weight"].astype(numpy.float64) for part in "AB")
+    apart = numpy.abs(b @ a - expected).max() / numpy.abs(expected).max()
+    assert apart < 1e-6, f"{what}: {apart}"
+    print(f"  {what}: {apart:.1e} apart")
 
 
 def read_with_peft(folder):
@@ -109,15 +131,25 @@ def read_with_peft(folder):
         def forward(self, x):
             return self.model.layers[0].self_attn.q_proj(x)
 
-    model = Model()
-    weight = load_file(f"{folder}/base.safetensors")[f"{LAYER}.weight"]
-    model.model.layers[0].self_attn.q_proj.weight.data = torch.from_numpy(weight)
-    adapted = PeftModel.from_pretrained(model, f"{folder}/peft")
-    merged = torch.from_numpy(load_file(f"{folder}/model.safetensors")[f"{LAYER}.weight"])
+    weight = torch.from_numpy(load_file(f"{folder}/base.safetensors")[f"{LAYER}.weight"])
     x = torch.randn(5, 64)
-    apart = (adapted(x) - x @ merged.T).abs().max().item()
+
+    def adapted(name):
+        model = Model()
+        model.model.layers[0].self_attn.q_proj.weight.data = weight.clone()
+        return PeftModel.from_pretrained(model, f"{folder}/{name}")(x)
+
+    merged = torch.from_numpy(load_file(f"{folder}/model.safetensors")[f"{LAYER}.weight"])
+    apart = (adapted("peft") - x @ merged.T).abs().max().item()
     assert apart < 1e-4, apart
     print(f"  adapter in PEFT against the merged weight: {apart:.1e} apart")
+    for name in ["rotmole-expert", "rotmole-static-expert", "comol-expert"]:
+        expert = load_file(f"{folder}/{name}/adapter_model.safetensors")
+        a, b = (torch.from_numpy(expert[f"{PREFIX}.lora_{part}.weight"]) for part in "AB")
+        plain, change = x @ weight.T, 8 / 4 * (x @ a.T) @ b.T
+        apart = ((adapted(name) - plain - change).abs().max() / change.abs().max()).item()
+        assert apart < 1e-5, f"{name}: {apart}"
+        print(f"  {name} in PEFT: {apart:.1e} apart")
 
 
 if sys.argv[1] == "write":

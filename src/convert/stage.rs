@@ -245,6 +245,14 @@ impl Stage {
         )
     }
 
+    /// Removes what another run has left in it.
+    ///
+    /// # Errors
+    /// [`Error::File`] if that cannot be done.
+    pub(crate) fn empty(&self) -> Result<()> {
+        clear(&self.partial)
+    }
+
     /// The folder to write to.
     pub(crate) fn folder(&self) -> &Path {
         &self.partial

@@ -6,8 +6,9 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Init, Value};
+use crate::graph::{Graph, Init, ParameterStore, Value};
 use crate::layers::moe_lora::Latents;
 use crate::layers::{AdapterOptions, Linear, MoeLora, RotatedLatents, RoutedOutput, Routing};
 use crate::ops::{Layout, Rotation, Segments};
@@ -207,6 +208,19 @@ impl RotMole {
         let unit = graph.constant(Tensor::f32([experts * rank, rank], unit)?)?;
         let rotated = graph.rotate(self.rotation, unit, generator)?;
         graph.reshape(rotated, [experts, rank, rank])
+    }
+
+    /// The experts' rotations by a static generator `[experts, numbers]`, as [`RotMole::matrices`] has them: `[experts, rank, rank]`, each Rᵀ.
+    /// Computed on the host in 64 bits, whatever device the layer is for.
+    pub(crate) fn static_rotations(&self, generator: &Tensor) -> Result<Tensor> {
+        let mut graph = Graph::new();
+        let generator = graph.constant(generator.clone())?;
+        let generator = self.bound(&mut graph, generator)?;
+        let matrices = self.matrices(&mut graph, generator)?;
+        graph.output(matrices)?;
+        let store = ParameterStore::new(&Device::reference());
+        let mut read = graph.compile(&store)?.run_reading(&[matrices])?;
+        Ok(read.remove(0))
     }
 
     /// The gate's parameter: what its name ends in, and its shape.

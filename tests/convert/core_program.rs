@@ -104,6 +104,12 @@ fn loras_are_converted_and_what_is_there_stays() {
         &["new/out", "overwrite"],
     );
     assert!(made.map(|name| fs::read(out.join(name)).expect("a file")) == before);
+    // What a run that was killed while it wrote the adapter has left is no part of the output.
+    let left = at.join("new/out.partial");
+    fs::create_dir_all(left.join("adapter.writing-0")).expect("a folder");
+    let report = r#"{"unfinished": true, "options": {"kind": "comol"}, "source": {}}"#;
+    fs::write(left.join("conversion.json"), report).expect("a file");
+    fs::write(left.join("adapter.writing-0/adapter_config.json"), "{").expect("a file");
     let again = run(&[
         "convert",
         "loras-to-comol",
@@ -124,6 +130,7 @@ fn loras_are_converted_and_what_is_there_stays() {
         [0.0, 1.0]
     );
     assert_eq!(names(&at.join("new")), ["out"]);
+    assert_eq!(names(&out), made);
     fs::write(out.join("notes.txt"), "mine").expect("a folder of its own");
     assert_refused(
         &run(&["convert", "loras-to-comol", "--overwrite", "new/out", "one"]),

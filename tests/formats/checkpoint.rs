@@ -208,7 +208,15 @@ fn every_truncation_is_refused() {
         .write(&path)
         .expect("a folder that can be written to");
     let whole = fs::read(&path).expect("the file just written");
+    let header = whole.first_chunk().expect("the header's length");
+    let data = 8 + u64::from_le_bytes(*header) as usize;
     for cut in 0..whole.len() {
-        assert_damaged!(opened(folder.path(), &whole[..cut]), "model.safetensors");
+        // Where it ends is what is wrong with it.
+        let words = if cut < data {
+            format!("the file has {cut}")
+        } else {
+            format!("the file at byte {cut}")
+        };
+        assert_damaged!(opened(folder.path(), &whole[..cut]), words.as_str());
     }
 }

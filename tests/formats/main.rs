@@ -10,10 +10,12 @@ macro_rules! assert_damaged {
     }};
 }
 
+mod adapter_folder;
 mod checkpoint;
 mod gguf;
 mod mixture;
 mod mixture_damage;
+mod mixture_property;
 mod model_writer;
 mod moe_peft;
 mod peft;

@@ -424,3 +424,86 @@ fn every_expert_of_a_mixture_is_the_lora_that_it_exports() {
         );
     }
 }
+
+#[test]
+fn a_static_rotation_is_in_the_lora_that_is_exported() {
+    let routing = Routing {
+        selection_bias: true,
+        scale: 0.75,
+        ..Routing::new(3, 1)
+    };
+    for (rotation, bounded) in Rotation::ALL
+        .into_iter()
+        .zip([true, false].into_iter().cycle())
+    {
+        let mut layer = RotMole::with_rotation(
+            Linear::new("layers.0.q_proj", 10, 7),
+            AdapterOptions::new(4, 6.5),
+            routing,
+            rotation,
+            GateInput::Static,
+        )
+        .expect("sound");
+        layer.bounded = bounded;
+        let layers = [MixtureLayer::from(layer)];
+        let (graph, outputs) = graph(&layers);
+        let store = filled(&graph);
+        let adapter = MixtureAdapter::from_store(&store, layers.clone()).expect("all parameters");
+        for expert in 0..3 {
+            let mut bias = vec![0.0; 3];
+            bias[expert] = 100.0;
+            let bias = Tensor::f32([3], bias).expect("three numbers");
+            store
+                .insert("layers.0.q_proj.router_bias", &bias)
+                .expect("memory");
+            let lora = adapter.expert(expert).expect("one of three");
+            let expected = run(&graph, &outputs, &store);
+            let apart = largest_difference(&run_lora(&lora, &layers, &store), &expected);
+            assert!(apart < 1e-5, "{rotation}, expert {expert}: {apart} apart");
+            let name = "layers.0.q_proj.lora_b";
+            let b = adapter.tensors[name].to_f32();
+            let b = &b[expert * 28..(expert + 1) * 28];
+            assert_ne!(lora.pairs["layers.0.q_proj"].b.to_f32(), b, "{rotation}");
+        }
+    }
+}
+
+#[test]
+fn an_exported_gate_is_1_only_where_gates_are_renormalised() {
+    for (renormalize, alike) in [(true, true), (false, false)] {
+        let routing = Routing {
+            renormalize,
+            ..Routing::new(3, 1)
+        };
+        let base = Linear::new("layers.0.q_proj", 10, 7);
+        let layer = MoeLora::new(base, AdapterOptions::new(4, 6.5), routing).expect("sound");
+        let layers = [MixtureLayer::from(layer)];
+        let (graph, outputs) = graph(&layers);
+        let store = filled(&graph);
+        // All logits 0: by the order of experts the first is taken, at a score of a third.
+        let router = store.ty("layers.0.q_proj.router").expect("a parameter");
+        store
+            .insert("layers.0.q_proj.router", &Tensor::zeros(&router))
+            .expect("memory");
+        let adapter = MixtureAdapter::from_store(&store, layers.clone()).expect("all parameters");
+        let lora = adapter.expert(0).expect("one of three");
+        let apart = largest_difference(
+            &run_lora(&lora, &layers, &store),
+            &run(&graph, &outputs, &store),
+        );
+        assert_eq!(apart < 1e-5, alike, "{apart} apart");
+    }
+}
+
+#[test]
+fn a_store_of_the_reference_device_is_written_in_32_bits() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let layers = layers(MixtureKind::CoMol);
+    let (graph, _) = graph(&layers);
+    let store = ParameterStore::new(&Device::reference());
+    store.initialize(&graph, 1).expect("memory");
+    let adapter = MixtureAdapter::from_store(&store, layers).expect("all parameters");
+    adapter.write(folder.path()).expect("a folder of its own");
+    let read = MixtureAdapter::read(folder.path()).expect("the folder just written");
+    assert_eq!(read, adapter);
+}

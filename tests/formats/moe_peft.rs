@@ -89,7 +89,7 @@ fn one_gate_of_mixlora_stands_beside_every_linear_layer_that_it_serves() {
     let folder = tempfile::tempdir().expect("a folder of its own");
     let file = mix_lora();
     let adapter = read(folder.path(), MIX_LORA, &file).expect("a sound adapter");
-    let MoePeftAdapter { mixture, plain } = &adapter;
+    let MoePeftAdapter { mixture, plain, .. } = &adapter;
     assert_eq!(mixture.layers.len(), 6);
     let gate = &file.tensors["mixlora.layers.1.mlp.moe_gate.weight"];
     for linear in ["gate_proj", "up_proj", "down_proj"] {
@@ -274,4 +274,204 @@ fn what_is_damaged_or_cannot_be_computed_is_refused() {
     ));
     fs::write(folder.path().join("adapter_model.bin"), b"").expect("a folder");
     assert_damaged!(MoePeftAdapter::read(folder.path()), "pickle");
+}
+
+fn with_keys(config: &str, more: &str) -> String {
+    config.replacen('{', &format!("{{ {more},"), 1)
+}
+
+#[test]
+fn keys_that_change_the_computation_are_read_or_refused() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let mix = |more: &str| read(folder.path(), &with_keys(MIX_LORA, more), &mix_lora());
+    for (more, words) in [
+        (r#""act_fn": "silu""#, ["act_fn", "silu"]),
+        (r#""jitter_noise": 1.5"#, ["jitter_noise", "1.5"]),
+        (r#""jitter_noise": -0.1"#, ["jitter_noise", "-0.1"]),
+        (r#""jitter_noise": "some""#, ["jitter_noise", "some"]),
+        (r#""lora_bias": true"#, ["lora_bias", "true"]),
+        (r#""fan_in_fan_out": true"#, ["fan_in_fan_out", "true"]),
+        (r#""rank_pattern": {"q": 4}"#, ["rank_pattern", "4"]),
+        (r#""alpha_pattern": {"q": 4}"#, ["alpha_pattern", "4"]),
+        (
+            r#""modules_to_save": ["head"]"#,
+            ["modules_to_save", "head"],
+        ),
+        (r#""init_lora_weights": "pissa""#, ["pissa", "changed"]),
+        (r#""rotation": "planes""#, ["rotation", "planes"]),
+    ] {
+        assert_damaged!(mix(more), words[0], words[1]);
+    }
+    let nested = |more: &str| {
+        let config = MIX_LORA.replacen("{\"r\": 3", &format!("{{{more}, \"r\": 3"), 1);
+        read(folder.path(), &config, &mix_lora())
+    };
+    assert_damaged!(nested(r#""act_fn": "gelu""#), "act_fn", "gelu");
+    let biased = MIX_LORA.replacen("\"none\"", "\"all\"", 1);
+    assert_damaged!(read(folder.path(), &biased, &mix_lora()), "bias", "all");
+    let noisy = with_keys(MOLA, r#""jitter_noise": 0.1"#);
+    assert_damaged!(read(folder.path(), &noisy, &mola()), "jitter_noise", "0.1");
+
+    // What changes nothing where it is so.
+    let neutral = r#""act_fn": null, "lora_bias": false, "rank_pattern": {}, "modules_to_save": null, "jitter_noise": null"#;
+    assert_eq!(
+        mix(neutral).expect("the same").mixture.layers,
+        mix(r#""bias": "none""#)
+            .expect("a sound adapter")
+            .mixture
+            .layers
+    );
+    let noisy = mix(r#""jitter_noise": 0.01"#).expect("noise of the router");
+    for layer in noisy.mixture.layers.values() {
+        assert_eq!(layer.routing().expect("a gate").jitter, 0.01);
+    }
+    // What nobody knows is kept and shown; what says how it was trained is kept.
+    let kept = mix(r#""its_own_key": [1, 2], "router_aux_loss_coef": 0.01"#).expect("sound");
+    assert_eq!(kept.mixture.unknown_keys(), ["its_own_key"]);
+    assert_eq!(kept.mixture.others["router_aux_loss_coef"], 0.01);
+    let ours = folder.path().join("ours");
+    kept.mixture.write(&ours).expect("a folder of its own");
+    let again = MixtureAdapter::read(&ours).expect("just written");
+    assert_eq!(again, kept.mixture);
+    // PEFT refuses or warns of keys that it does not have, and finds the modules by the paths of the pairs.
+    let lora = kept.expert(0).expect("one of four");
+    let keys: Vec<&String> = lora.config.others.keys().collect();
+    assert_eq!(
+        keys,
+        ["target_modules", "task_type", "base_model_name_or_path"]
+    );
+    assert_eq!(
+        lora.config.others["target_modules"]
+            .as_array()
+            .map(Vec::len),
+        Some(8)
+    );
+    let nested = nested(r#""its_own_key": 7"#).expect("sound");
+    assert_eq!(nested.mixture.others["expert_lora"]["its_own_key"], 7);
+    assert_eq!(nested.mixture.unknown_keys(), ["expert_lora"]);
+}
+
+#[test]
+fn alphas_keep_their_digits() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let config = MIX_LORA
+        .replacen(
+            "\"lora_alpha\": 4",
+            "\"lora_alpha\": 0.30000000000000004",
+            1,
+        )
+        .replacen("\"lora_alpha\": 6", "\"lora_alpha\": 0.1", 1);
+    let adapter = read(folder.path(), &config, &mix_lora()).expect("a sound adapter");
+    let pair = &adapter.plain.pairs["model.layers.0.self_attn.q_proj"];
+    assert_eq!(pair.scale, 0.30000000000000004 / 2.0);
+    let mut expert = adapter.expert(1).expect("one of four");
+    let down = "model.layers.1.mlp.down_proj";
+    assert_eq!(expert.pairs[down].scale, 0.1 / 3.0);
+    let peft = folder.path().join("peft");
+    expert.write(&peft).expect("scales as the patterns say");
+    let read = PeftAdapter::read(&peft).expect("just written");
+    for (path, pair) in &mut expert.pairs {
+        let found = read.pairs[path].scale;
+        assert!(
+            (found - pair.scale).abs() <= f64::EPSILON * pair.scale,
+            "{path}: {found}"
+        );
+    }
+}
+
+#[test]
+fn integers_are_no_matrices_of_experts() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    for name in [
+        "mixlora.layers.1.mlp.down_proj.experts.2.lora_B.weight",
+        "mixlora.layers.0.self_attn.q_proj.lora_A.weight",
+        "mixlora.layers.0.mlp.moe_gate.weight",
+    ] {
+        let mut file = mix_lora();
+        let dims = file.tensors[name].shape().clone();
+        let count = dims.elements();
+        let whole = Tensor::i32(dims, vec![1; count]).expect("as many");
+        file.tensors.insert(name.to_owned(), whole);
+        assert_damaged!(read(folder.path(), MIX_LORA, &file), name, "I32");
+    }
+}
+
+/// The file with the names of the first releases: no `mlp`, the expert before the linear layer.
+fn early(file: &TensorFile, linears: [&str; 3]) -> TensorFile {
+    let mut early = TensorFile::default();
+    for (name, tensor) in &file.tensors {
+        let mut name = name.replace(".mlp.moe_gate.", ".gate.");
+        for (today, then) in ["gate_proj", "up_proj", "down_proj"]
+            .into_iter()
+            .zip(linears)
+        {
+            for expert in 0..4 {
+                name = name.replace(
+                    &format!(".mlp.{today}.experts.{expert}."),
+                    &format!(".experts.{expert}.{then}."),
+                );
+            }
+        }
+        _ = early.tensors.insert(name, tensor.clone());
+    }
+    early
+}
+
+#[test]
+fn the_names_of_the_first_releases_are_read_too() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let today = mix_lora();
+    let expected = read(folder.path(), MIX_LORA, &today).expect("a sound adapter");
+    let config = MIX_LORA.replacen("\"mixlora\"", "\"mixtral\"", 1);
+    for linears in [
+        ["w1_proj", "w3_proj", "w2_proj"],
+        ["gate_proj", "up_proj", "down_proj"],
+    ] {
+        let then = early(&today, linears);
+        let gate = "mixlora.layers.1.gate.weight";
+        assert!(then.tensors.contains_key(gate));
+        let found = read(folder.path(), &config, &then).expect("a sound adapter");
+        assert_eq!(found, expected);
+        // Messages are in the names of the file.
+        let mut missing = then.clone();
+        missing.tensors.insert(gate.to_owned(), floats(&[3, 8], 1));
+        assert_damaged!(read(folder.path(), &config, &missing), gate, "[3, 8]");
+    }
+    // The gate alone, as some releases between the two may have it; both gates at once.
+    let mut gates = today.clone();
+    for layer in 0..2 {
+        let name = format!("mixlora.layers.{layer}.mlp.moe_gate.weight");
+        let gate = gates.tensors.remove(&name).expect("a gate");
+        let early = format!("mixlora.layers.{layer}.gate.weight");
+        gates.tensors.insert(early, gate);
+    }
+    let found = read(folder.path(), &config, &gates).expect("a sound adapter");
+    assert_eq!(found, expected);
+    let mut both = today;
+    let early = "mixlora.layers.1.gate.weight";
+    both.tensors.insert(early.to_owned(), floats(&[4, 8], 1));
+    assert_damaged!(read(folder.path(), &config, &both), early, "moe_gate");
+}
+
+#[test]
+fn an_expert_of_none_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let mut attention = mix_lora();
+    attention
+        .tensors
+        .retain(|name, _| name.contains("self_attn"));
+    let adapter = read(folder.path(), MIX_LORA, &attention).expect("plain pairs alone");
+    assert_eq!(adapter.plain.pairs.len(), 2);
+    let error = adapter.expert(999).expect_err("there is none");
+    let message = error.to_string();
+    assert!(
+        message.contains("999") && message.contains("0 experts"),
+        "{message}"
+    );
+    let whole = read(folder.path(), MIX_LORA, &mix_lora()).expect("a sound adapter");
+    let message = whole.expert(999).expect_err("of four").to_string();
+    assert!(
+        message.contains("999") && message.contains("has 4 experts"),
+        "{message}"
+    );
 }

@@ -5,7 +5,7 @@ use rankmix::formats::{
     ExpertOrientation, FusedExperts, LoraConfig, LoraPair, PeftAdapter, Target, TensorFile,
 };
 use rankmix::layers::{Linear, Lora};
-use rankmix::{Device, Error, Graph, ParameterStore, Tensor, TensorType};
+use rankmix::{Device, Error, Graph, ParameterStore, Tensor, TensorData, TensorType};
 
 /// Numbers around 0 that are all different.
 fn floats(shape: &[usize], seed: usize) -> Tensor {
@@ -258,6 +258,10 @@ fn configurations_that_cannot_be_are_refused() {
     assert!(
         with(r#""use_dora": false, "init_lora_weights": "gaussian", "rank_pattern": null"#).is_ok()
     );
+    let nothing =
+        r#""use_qalora": false, "arrow_config": null, "layer_replication": null, "use_bdlora": []"#;
+    let nothing = with(nothing).expect("keys that say nothing");
+    assert!(nothing.unknown_keys().is_empty());
     for (more, words) in [
         (r#""r": 0"#, ["r is 0", "from 1"]),
         (r#""r": -4"#, ["r is -4", "whole number"]),
@@ -275,12 +279,23 @@ fn configurations_that_cannot_be_are_refused() {
         ),
         (r#""init_lora_weights": "olora""#, ["olora", "changed"]),
         (r#""init_lora_weights": "corda""#, ["corda", "changed"]),
+        (r#""use_qalora": true"#, ["use_qalora", "not compute"]),
+        (r#""use_bdlora": true"#, ["use_bdlora", "block-diagonal"]),
+        (r#""arrow_config": {"top_k": 3}"#, ["arrow_config", "3"]),
+        (
+            r#""layer_replication": [[0, 4], [2, 5]]"#,
+            ["layer_replication", "[[0,4],[2,5]]"],
+        ),
+        (
+            r#""alora_invocation_tokens": [7]"#,
+            ["alora_invocation_tokens", "[7]"],
+        ),
     ] {
-        assert_damaged!(with(more), "adapter_config.json", words[0], words[1]);
+        assert_damaged!(with(more), words[0], words[1]);
     }
     assert_damaged!(config("{}"), "no peft_type");
     assert_damaged!(config(r#"{"peft_type": "IA3"}"#), "IA3");
-    assert_damaged!(config("[]"), "adapter_config.json");
+    assert_damaged!(config("[]"), "invalid type: sequence");
     assert_damaged!(config(r#"{"peft_type": "#), "line 1");
 }
 
@@ -362,6 +377,86 @@ fn adapters_that_do_not_fit_their_configuration_are_refused() {
     );
     let missing = PeftAdapter::read(folder.path().join("absent"));
     assert!(matches!(missing, Err(Error::File { .. })), "{missing:?}");
+}
+
+#[test]
+fn integers_are_no_factors_and_stay_integers_elsewhere() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let q = "base_model.model.model.layers.0.self_attn.q_proj";
+    for part in ["lora_A.weight", "lora_B.weight", "lora_B.bias"] {
+        let name = format!("{q}.{part}");
+        let found = read_changed(folder.path(), |file| {
+            let dims = file.tensors[&name].shape().clone();
+            let whole = Tensor::new(dims.clone(), TensorData::I32(vec![1; dims.elements()]));
+            _ = file.tensors.insert(name.clone(), whole.expect("as many"));
+        });
+        assert_damaged!(found, name.as_str(), "I32");
+        let mut wrong = adapter();
+        let pair = wrong.pairs.get_mut("model.layers.0.self_attn.q_proj");
+        let pair = pair.expect("a pair");
+        let tensor = match part {
+            "lora_A.weight" => &mut pair.a,
+            "lora_B.weight" => &mut pair.b,
+            _ => pair.bias.as_mut().expect("a bias"),
+        };
+        let dims = tensor.shape().clone();
+        let whole = Tensor::new(dims.clone(), TensorData::I32(vec![1; dims.elements()]));
+        *tensor = whole.expect("as many");
+        let error = wrong
+            .write(folder.path())
+            .expect_err("it would not be read");
+        assert!(matches!(&error, Error::TypeMismatch { name: found, .. } if *found == name));
+    }
+    // A type that no tensor here can have: bytes, as quantised adapters have them.
+    adapter().write(folder.path()).expect("a folder of its own");
+    let path = folder.path().join("adapter_model.safetensors");
+    let bytes = fs::read(&path).expect("the file just written");
+    let name = format!("{q}.lora_A.weight");
+    let from = format!(r#""{name}":{{"dtype":"F32","shape":[4,6]"#);
+    let to = format!(r#""{name}":{{"dtype":"U8","shape":[4,24]"#);
+    assert_eq!(from.len(), to.len());
+    let at = bytes
+        .windows(from.len())
+        .position(|window| window == from.as_bytes());
+    let at = at.expect("a tensor of the header");
+    let mut changed = bytes;
+    changed[at..at + to.len()].copy_from_slice(to.as_bytes());
+    fs::write(&path, changed).expect("a folder of its own");
+    assert_damaged!(PeftAdapter::read(folder.path()), name.as_str(), "U8");
+
+    let mut counted = adapter();
+    let count = Tensor::i32([1], vec![16_777_217]).expect("one");
+    let name = "base_model.model.score.count".to_owned();
+    counted.others.insert(name, count);
+    counted.write(folder.path()).expect("a folder of its own");
+    let read = PeftAdapter::read(folder.path()).expect("the folder just written");
+    assert_eq!(read, counted, "2^24 + 1 is no float of 32 bits");
+}
+
+#[test]
+fn pairs_that_could_not_be_read_are_not_written() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let path = folder.path().join("out");
+    let q = "model.layers.0.self_attn.q_proj";
+    let refused = |change: &dyn Fn(&mut LoraPair), word: &str| {
+        let mut wrong = adapter();
+        change(wrong.pairs.get_mut(q).expect("a pair"));
+        let error = wrong.write(&path).expect_err("this must be refused");
+        let message = error.to_string();
+        assert!(message.contains(word) && message.contains(q), "{message}");
+        assert!(!path.exists(), "a folder was made for it");
+    };
+    refused(&|pair| pair.a = floats(&[3, 6], 1), "different ranks");
+    refused(&|pair| pair.a = floats(&[4, 6, 1], 1), "no matrices");
+    refused(&|pair| pair.bias = Some(floats(&[4], 1)), "expected [5]");
+    let with = |odd: f64| {
+        let mut all = vec![0.5; 24];
+        all[7] = odd;
+        Tensor::f64([4, 6], all).expect("24 numbers")
+    };
+    refused(&|pair| pair.a = with(f64::NAN), "element 7");
+    // Finite in 64 bits, infinite in the 32 of the file.
+    refused(&|pair| pair.a = with(1e300), "element 7");
 }
 
 #[test]

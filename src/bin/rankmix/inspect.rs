@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use rankmix::Result;
-use rankmix::formats::{Checkpoint, GgufFile, GgufValue};
+use rankmix::formats::{Adapter, Checkpoint, GgufFile, GgufValue};
 
 /// What to look at.
 #[derive(Debug, clap::Args)]
@@ -40,6 +40,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         adapters::print(path, options.all)?;
     } else {
         model(path, options.all)?;
+        if path.join("adapter_model.safetensors").exists()
+            && let Err(error) = Adapter::read(path)
+        {
+            eprintln!("rankmix: warning: this is no adapter: {error}");
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -50,6 +50,7 @@ pub fn write_comol(
         source: json!({}),
     };
     let stage = Stage::open_without_restart(out, inputs, &fingerprint, overwrite)?;
+    stage.empty()?;
     adapter.write(stage.folder())?;
     stage.publish(&json_of(out.join(REPORT), report)?)
 }

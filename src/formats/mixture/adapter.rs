@@ -6,6 +6,9 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::formats::mixture::layer::{MixtureKind, MixtureLayer, Part};
+use crate::formats::mixture::moe_peft_config::of_training;
+use crate::formats::mixture::options::{LayerConfig, is_taken};
+use crate::formats::mixture::read::MixtureConfig;
 use crate::formats::peft::without_effect;
 use crate::graph::ParameterStore;
 use crate::tensor::{Tensor, TensorType};
@@ -49,7 +52,7 @@ pub struct MixtureAdapter {
 }
 
 impl MixtureAdapter {
-    /// An adapter of these layers, with their parameters as they are in a store now.
+    /// An adapter of these layers, with their parameters as they are in a store now, in 32 bits.
     ///
     /// # Errors
     /// [`Error::DuplicateName`] if two layers have one name; [`Error::UnknownName`] if the store lacks a parameter, [`Error::TypeMismatch`]
@@ -62,7 +65,13 @@ impl MixtureAdapter {
         for layer in layers {
             for (name, _) in layer.parameters()? {
                 if !adapter.tensors.contains_key(&name) {
-                    adapter.tensors.insert(name.clone(), store.read(&name)?);
+                    let tensor = store.read(&name)?;
+                    // The reference device computes in 64 bits.
+                    let tensor = match tensor.as_f32() {
+                        Some(_) => tensor,
+                        None => Tensor::f32(tensor.shape(), tensor.to_f32())?,
+                    };
+                    adapter.tensors.insert(name.clone(), tensor);
                 }
             }
             let path = layer.base().name.clone();
@@ -113,23 +122,25 @@ impl MixtureAdapter {
         tensors.map(|tensor| tensor.shape().elements()).sum()
     }
 
-    /// The keys of the configuration that neither this layout nor PEFT has: kept and without effect. To be shown as a warning.
+    /// The keys of the configuration that neither this layout nor PEFT nor MoE-PEFT has: kept and without effect. To be shown as a warning.
     #[must_use]
     pub fn unknown_keys(&self) -> Vec<&str> {
         let keys = self.others.keys().map(String::as_str);
-        keys.filter(|key| !without_effect(key)).collect()
+        keys.filter(|key| !without_effect(key) && !of_training(key))
+            .collect()
     }
 
-    /// Checks that the layers are of one kind, each under its own name, and that the parameters are theirs: all there, of the right
-    /// extents, finite, and no others.
+    /// Checks what reading checks: that the layers are of one kind, each under its own name and with options that make sense, and that the
+    /// parameters are theirs: all there, of the right extents, floats of 32 bits, finite, and no others. What passes here is read as it was
+    /// written, the base layers frozen.
     ///
     /// # Errors
-    /// [`Error::Setting`], [`Error::UnknownName`], [`Error::TypeMismatch`] or [`Error::NotFinite`], with the layer's or the parameter's name.
+    /// [`Error::Setting`], [`Error::Limit`], [`Error::UnknownName`], [`Error::TypeMismatch`] or [`Error::NotFinite`], with the layer's or the
+    /// parameter's name.
     pub fn check(&self) -> Result<()> {
         let mut known = 0;
         let mut seen: BTreeMap<String, Vec<usize>> = BTreeMap::new();
         for (path, layer) in &self.layers {
-            check_path(path).map_err(|reason| Error::setting("layer", path, reason))?;
             if layer.base().name != *path {
                 let reason = format!("the layer under this path is named `{}`", layer.base().name);
                 return Err(Error::setting("layer", path, reason));
@@ -141,15 +152,15 @@ impl MixtureAdapter {
                     format!("`{path}` is of another kind than the first layer; an adapter has one"),
                 ));
             }
+            self.check_options(path, layer)?;
             for part in layer.parts()? {
-                check_path(&part.path)
-                    .map_err(|reason| Error::setting("shared name", &part.path, reason))?;
                 let name = part.store_name();
                 let tensor = self.tensors.get(&name).ok_or_else(|| Error::UnknownName {
                     kind: "parameter",
                     name: name.clone(),
                 })?;
-                if !self.fits(path, &part, tensor.shape().dims()) {
+                let fits = self.fits(path, &part, tensor.shape().dims());
+                if !fits || tensor.as_f32().is_none() {
                     return Err(Error::TypeMismatch {
                         name,
                         expected: TensorType::f32(part.dims),
@@ -170,14 +181,57 @@ impl MixtureAdapter {
             let name = of_none.cloned().unwrap_or_default();
             return Err(Error::setting("parameter", name, "no layer has it"));
         }
-        match self
-            .blocks
-            .keys()
-            .find(|path| !self.layers.contains_key(*path))
-        {
-            None => Ok(()),
-            Some(path) => Err(Error::setting("gate_of", path, "there is no such layer")),
+        let mut paths = self.blocks.keys();
+        if let Some(path) = paths.find(|path| !self.layers.contains_key(*path)) {
+            return Err(Error::setting("gate_of", path, "there is no such layer"));
         }
+        self.check_text()
+    }
+
+    /// Checks a layer's description as reading does.
+    fn check_options(&self, path: &str, layer: &MixtureLayer) -> Result<()> {
+        let options = LayerConfig::of(layer, self.blocks.get(path));
+        let (kind, base) = (layer.kind(), layer.base());
+        let wrong = |reason: String| Error::setting("layer", path, reason);
+        options
+            .check(kind, path)
+            .and_then(|()| options.layer(kind, path, [base.d_in, base.d_out]))
+            .map_err(|error| wrong(error.to_string()))
+            .and_then(|read| {
+                if read == layer.frozen() {
+                    return Ok(());
+                }
+                Err(wrong(format!(
+                    "a file cannot say what it is: it would be read as {read:?}"
+                )))
+            })
+    }
+
+    /// Checks that the configuration's text says what there is, keys of others too.
+    fn check_text(&self) -> Result<()> {
+        if let Some(key) = self.others.keys().find(|key| is_taken(key)) {
+            let reason = "a key of others cannot have a name that this layout gives a meaning";
+            return Err(Error::setting("others", key, reason));
+        }
+        if self.layers.is_empty() {
+            return Ok(());
+        }
+        let wrong = |reason: String| Error::setting("others", "", reason);
+        let object = serde_json::from_str(&self.to_json()?);
+        let read = object.map_err(|error| wrong(error.to_string()))?;
+        let read = MixtureConfig::of(read).map_err(wrong)?;
+        for (path, layer) in &self.layers {
+            let written = LayerConfig::of(layer, self.blocks.get(path));
+            let read = read.layer(path);
+            let wrong = |reason: String| Error::setting("layer", path, reason);
+            if read.map_err(wrong)? != written {
+                return Err(wrong("its options change in a file".to_owned()));
+            }
+        }
+        if read.others() != &self.others {
+            return Err(wrong("keys of others change in a file".to_owned()));
+        }
+        Ok(())
     }
 
     /// Whether a parameter of the layer `path` may have these extents. A block's gate is as wide as what the block reads.

@@ -6,31 +6,46 @@ use crate::error::{Error, Result};
 use crate::formats::mixture::adapter::MixtureAdapter;
 use crate::formats::mixture::layer::{MixtureLayer, Part};
 use crate::formats::peft::{LoraPair, PeftAdapter, Target};
-use crate::layers::AdapterScale;
+use crate::layers::{AdapterScale, GateInput};
 use crate::tensor::Tensor;
 
 impl MixtureAdapter {
-    /// One expert of every layer as a plain LoRA adapter: what the layers compute for tokens that take this expert alone. A gate is then
-    /// 1 times the routing's scale, which the pair's scale holds.
+    /// One expert of every layer as a plain LoRA adapter, its gate taken as 1 times the routing's scale, which the pair's scale holds. With
+    /// renormalised gates that is what the layers compute for tokens that take this expert alone; without, their gate is the expert's score,
+    /// which no LoRA has, and smaller than 1.
     ///
-    /// Of a [`RotMole`](crate::layers::RotMole) it is the expert without its rotation, which no LoRA has: the expert at rotation 0. Of
-    /// a [`CoMol`](crate::layers::CoMol) it is A and B Mᵀ; A is repeated where layers share it.
+    /// Of a [`RotMole`](crate::layers::RotMole) whose rotations are [static](crate::layers::GateInput::Static) it is A and B R; of another, whose
+    /// rotation depends on the token as no LoRA does, the expert at rotation 0. Of a [`CoMol`](crate::layers::CoMol) it is A and B Mᵀ; A is
+    /// repeated where layers share it.
     ///
     /// # Errors
-    /// [`Error::Setting`] if a layer has no such expert, and as [`MixtureAdapter::check`].
+    /// [`Error::Setting`] if there is no layer, or one has no such expert; [`Error::NotFinite`] if B R or B Mᵀ is not finite in 32 bits; and
+    /// as [`MixtureAdapter::check`].
     pub fn expert(&self, expert: usize) -> Result<PeftAdapter> {
+        if self.layers.is_empty() {
+            let reason = "the adapter has 0 experts: no layer is a mixture";
+            return Err(Error::setting("expert", expert, reason));
+        }
         self.pairs(|path, layer| {
             if expert >= layer.experts() {
-                let reason = format!("`{path}` has {}, counted from 0", layer.experts());
+                let reason = format!("`{path}` has {} experts, counted from 0", layer.experts());
                 return Err(Error::setting("expert", expert, reason));
             }
             Ok(match layer {
                 MixtureLayer::MoeLora(_) | MixtureLayer::RotMole(_) => {
-                    let [a, b] = ["lora_a", "lora_b"].map(|name| format!("{path}.{name}"));
-                    [
-                        matrix_of(&self.tensors[&a], expert)?,
-                        matrix_of(&self.tensors[&b], expert)?,
-                    ]
+                    let matrix = |name| matrix_of(&self.tensors[&format!("{path}.{name}")], expert);
+                    let (a, b) = (matrix("lora_a")?, matrix("lora_b")?);
+                    match layer {
+                        MixtureLayer::RotMole(rotated)
+                            if rotated.gate_input == GateInput::Static =>
+                        {
+                            let generator = &self.tensors[&format!("{path}.rotation_generator")];
+                            let rotations = rotated.static_rotations(generator)?;
+                            let rotation = matrix_of(&rotations, expert)?.to_f64();
+                            [a, times_transposed(path, &b, &rotation)?]
+                        }
+                        _ => [a, b],
+                    }
                 }
                 MixtureLayer::CoMol(_) => {
                     let mut gates = vec![0.0; layer.experts()];
@@ -111,17 +126,29 @@ impl MixtureAdapter {
                 *sum += f64::from(*gate) * element;
             }
         }
-        let b = of("lora_b")?;
-        // (B Cᵀ)[o][i] = Σ_j B[o][j] C[i][j].
-        let product = b
-            .to_f64()
-            .chunks_exact(rank)
-            .fold(Vec::new(), |mut all, row| {
-                let rows = core.chunks_exact(rank);
-                all.extend(rows.map(|c| row.iter().zip(c).map(|(b, c)| b * c).sum::<f64>() as f32));
-                all
-            });
-        Ok([of("lora_a")?.clone(), Tensor::f32(b.shape(), product)?])
+        let b = times_transposed(path, of("lora_b")?, &core)?;
+        Ok([of("lora_a")?.clone(), b])
+    }
+}
+
+/// B Cᵀ, C square: (B Cᵀ)[o][i] = Σ_j B[o][j] C[i][j].
+fn times_transposed(path: &str, b: &Tensor, c: &[f64]) -> Result<Tensor> {
+    let rank = b.shape().last();
+    let product = b
+        .to_f64()
+        .chunks_exact(rank)
+        .fold(Vec::new(), |mut all, row| {
+            let rows = c.chunks_exact(rank);
+            all.extend(rows.map(|c| row.iter().zip(c).map(|(b, c)| b * c).sum::<f64>() as f32));
+            all
+        });
+    let product = Tensor::f32(b.shape(), product)?;
+    match product.first_not_finite() {
+        None => Ok(product),
+        Some(element) => Err(Error::NotFinite {
+            value: format!("B of `{path}` times the expert's matrix"),
+            element,
+        }),
     }
 }
 

@@ -130,6 +130,18 @@ impl MixtureLayer {
         }
     }
 
+    /// The layer on a frozen base, as it comes back from a file.
+    pub(crate) fn frozen(&self) -> Self {
+        let mut layer = self.clone();
+        let base = match &mut layer {
+            Self::MoeLora(layer) => &mut layer.base,
+            Self::RotMole(layer) => &mut layer.mixture.base,
+            Self::CoMol(layer) => &mut layer.base,
+        };
+        base.trainable = false;
+        layer
+    }
+
     /// Rank, scale and dropout.
     #[must_use]
     pub fn options(&self) -> &AdapterOptions {

@@ -6,18 +6,15 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::file;
 use crate::formats::checkpoint::Checkpoint;
+use crate::formats::mixture::GATE;
 use crate::formats::mixture::adapter::{MixtureAdapter, check_path};
+use crate::formats::mixture::moe_peft_config::MoePeftConfig;
 use crate::formats::mixture::read::read_tensors;
-use crate::formats::peft::{
-    CONFIG, LoraConfig, MOST_RANK, Parts, PeftAdapter, Target, open_tensors, pair,
-};
-use crate::layers::{AdapterOptions, AdapterScale, Linear, MoeLora, Routing};
+use crate::formats::peft::{Parts, PeftAdapter, Target, factor, folder, pair, without_effect};
+use crate::layers::{AdapterScale, Linear, MoeLora, Routing};
 use crate::ops::BalanceForm;
 
-/// The end of the name of a gate.
-const GATE: &str = ".moe_gate.weight";
 /// What stands between a linear layer's path and an expert's number.
 const EXPERTS: &str = ".experts.";
 
@@ -29,141 +26,8 @@ pub struct MoePeftAdapter {
     pub mixture: MixtureAdapter,
     /// The linear layers with one plain pair: MixLoRA's of the attention.
     pub plain: PeftAdapter,
-}
-
-/// `adapter_config.json` as far as it changes numbers.
-#[derive(Debug)]
-pub(crate) struct MoePeftConfig {
-    /// Whether one gate chooses for a whole block.
-    mix_lora: bool,
-    experts: usize,
-    top_k: usize,
-    /// Of plain pairs.
-    plain: LoraConfig,
-    /// Of experts.
-    expert: AdapterOptions,
-    others: Map<String, Value>,
-}
-
-/// Rank, alpha and scale from an object, or from another where it has no such key.
-fn options(object: &Map<String, Value>, or: &Map<String, Value>) -> Result<AdapterOptions, String> {
-    let value = |key: &str| {
-        let found = object.get(key).or_else(|| or.get(key));
-        found.filter(|value| !value.is_null())
-    };
-    let flag = |key: &str| match value(key) {
-        None => Ok(false),
-        Some(found) => {
-            let wrong = || format!("{key} is {found}, expected true or false");
-            found.as_bool().ok_or_else(wrong)
-        }
-    };
-    let number = |key: &str| match value(key) {
-        None => Ok(None),
-        Some(found) => {
-            let finite = found.as_f64().filter(|number| number.is_finite());
-            let wrong = || format!("{key} is {found}, expected a finite number");
-            finite.map(Some).ok_or_else(wrong)
-        }
-    };
-    if flag("use_dora")? {
-        return Err(
-            "use_dora: the adapter is DoRA, which this release does not compute".to_owned(),
-        );
-    }
-    let rank = value("r").and_then(Value::as_u64);
-    let Some(rank) = rank.filter(|rank| (1..=MOST_RANK).contains(rank)) else {
-        let found = value("r").map_or("missing".to_owned(), Value::to_string);
-        return Err(format!(
-            "r is {found}, expected a whole number from 1 to {MOST_RANK}"
-        ));
-    };
-    let alpha = number("lora_alpha")?.ok_or("lora_alpha is missing")?;
-    if !(alpha as f32).is_finite() {
-        return Err(format!("lora_alpha is {alpha}, the limit is {}", f32::MAX));
-    }
-    let mut options = AdapterOptions::new(rank as usize, alpha as f32);
-    options.dropout = number("lora_dropout")?.unwrap_or(0.0) as f32;
-    if flag("use_rslora")? {
-        options.scale = AdapterScale::RankStabilized;
-    }
-    Ok(options)
-}
-
-impl MoePeftConfig {
-    /// Reads the object of the file.
-    ///
-    /// # Errors
-    /// What is wrong with it.
-    pub(crate) fn of(object: Map<String, Value>) -> Result<Self, String> {
-        let text = |key: &str| object.get(key).and_then(Value::as_str);
-        let mix_lora = match text("peft_type") {
-            Some("MIXLORA") => true,
-            Some("MOLA") => false,
-            _ => {
-                let found = object.get("peft_type").unwrap_or(&Value::Null);
-                return Err(format!(
-                    "peft_type is {found}, MIXLORA and MOLA are read here"
-                ));
-            }
-        };
-        // `mixtral` is what the first releases of MixLoRA called it.
-        let known: &[&str] = if mix_lora {
-            &["mixlora", "mixtral"]
-        } else {
-            &["mola"]
-        };
-        match text("routing_strategy") {
-            Some(strategy) if known.contains(&strategy) => {}
-            None if !mix_lora => {}
-            other => {
-                return Err(format!(
-                    "routing_strategy is {other:?}; {} is read, which takes the top_k experts with renormalised gates",
-                    known.join(" or ")
-                ));
-            }
-        }
-        let whole = |key: &str, missing: Option<u64>| {
-            let found = object.get(key).filter(|value| !value.is_null());
-            let number = found.map_or(missing, Value::as_u64);
-            let number = number.filter(|number| (1..=1 << 16).contains(number));
-            number.map(|number| number as usize).ok_or_else(|| {
-                let found = found.map_or("missing".to_owned(), Value::to_string);
-                format!("{key} is {found}, expected a whole number from 1 to 65536")
-            })
-        };
-        let nothing = Map::new();
-        let expert = match object.get("expert_lora") {
-            None | Some(Value::Null) => &nothing,
-            Some(Value::Object(expert)) => expert,
-            Some(other) => return Err(format!("expert_lora is {other}, expected an object")),
-        };
-        let plain = options(&object, &nothing)?;
-        let plain = LoraConfig {
-            rank: plain.rank,
-            alpha: plain.alpha.into(),
-            rank_stabilised: plain.scale == AdapterScale::RankStabilized,
-            ..LoraConfig::default()
-        };
-        let mut others = Map::new();
-        for key in ["base_model_name_or_path", "task_type"] {
-            if let Some(value) = object.get(key) {
-                others.insert(key.to_owned(), value.clone());
-            }
-        }
-        Ok(Self {
-            mix_lora,
-            experts: whole("num_experts", None)?,
-            top_k: whole("top_k", Some(2))?,
-            expert: options(expert, &object)?,
-            plain,
-            others,
-        })
-    }
-
-    fn prefix(&self) -> &'static str {
-        if self.mix_lora { "mixlora." } else { "mola." }
-    }
+    /// Alpha of the experts with all digits of the file; layers have 32 bits of it.
+    pub expert_alpha: f64,
 }
 
 impl MoePeftAdapter {
@@ -174,10 +38,8 @@ impl MoePeftAdapter {
     /// [`Error::File`] if a file cannot be read; [`Error::Format`] if one is damaged, the routing is one that this crate does not
     /// have, or a tensor is missing, of other extents than the configuration says, not finite, or of unknown meaning.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
-        let path = folder.join(CONFIG);
-        let config = MoePeftConfig::of(file::read_json(&path)?).map_err(file::damaged(&path))?;
-        Self::from_checkpoint(config, &path, &open_tensors(folder)?)
+        let opened = folder::open(folder.as_ref(), MoePeftConfig::of)?;
+        Self::from_checkpoint(opened.config, &opened.path, &opened.tensors)
     }
 
     /// The adapter of a configuration, which is at `path`, and an open file.
@@ -186,18 +48,15 @@ impl MoePeftAdapter {
         path: &Path,
         checkpoint: &Checkpoint,
     ) -> Result<Self> {
-        let prefix = config.prefix();
+        let names = names(&config, checkpoint)?;
         let mut unread = BTreeSet::new();
         let (mut linears, mut plain) = (BTreeSet::new(), BTreeMap::<String, Parts>::new());
-        for (name, _) in checkpoint.tensors() {
-            let short = name.strip_prefix(prefix).ok_or_else(|| {
-                checkpoint.wrong(name, &format!("the name does not begin with {prefix}"))
-            })?;
+        for (short, name) in &names {
             if let Some((linear, _)) = short.split_once(EXPERTS) {
                 linears.insert(linear.to_owned());
-                unread.insert(short.to_owned());
+                unread.insert(short.clone());
             } else if short.ends_with(GATE) {
-                unread.insert(short.to_owned());
+                unread.insert(short.clone());
             } else {
                 let a = short.strip_suffix(".lora_A.weight");
                 let b = short.strip_suffix(".lora_B.weight");
@@ -208,7 +67,7 @@ impl MoePeftAdapter {
                 check_path(linear).map_err(|reason| checkpoint.wrong(name, &reason))?;
                 let parts = plain.entry(model_path(linear)).or_default();
                 parts.target = Some(Target::Linear);
-                let tensor = Some(checkpoint.finite_tensor(name)?);
+                let tensor = Some(factor(checkpoint, name)?);
                 if a.is_some() {
                     parts.a = tensor;
                 } else {
@@ -222,6 +81,7 @@ impl MoePeftAdapter {
         };
         let reader = Reader {
             config: &config,
+            names: &names,
             path,
             checkpoint,
         };
@@ -231,7 +91,7 @@ impl MoePeftAdapter {
         }
         if let Some(name) = unread.difference(&read).next() {
             let reason = "no linear layer of the adapter has it";
-            return Err(checkpoint.wrong(&format!("{prefix}{name}"), reason));
+            return Err(checkpoint.wrong(&reader.full(name), reason));
         }
         let pairs = plain.into_iter().map(|(path, parts)| {
             let pair = pair(&config.plain, &path, parts, checkpoint)?;
@@ -239,8 +99,12 @@ impl MoePeftAdapter {
         });
         let pairs = pairs.collect::<Result<BTreeMap<_, _>>>()?;
         let mut plain = PeftAdapter::of_pairs(pairs);
-        plain.config.others.extend(config.others);
-        Ok(Self { mixture, plain })
+        plain.config.others.extend(of_peft(&config.others));
+        Ok(Self {
+            mixture,
+            plain,
+            expert_alpha: config.expert_alpha,
+        })
     }
 
     /// One expert of every layer that has experts, with the plain pairs of the others: see [`MixtureAdapter::expert`].
@@ -249,10 +113,85 @@ impl MoePeftAdapter {
     /// As [`MixtureAdapter::expert`].
     pub fn expert(&self, expert: usize) -> Result<PeftAdapter> {
         let mut pairs = self.mixture.expert(expert)?.pairs;
+        for (path, pair) in &mut pairs {
+            let layer = &self.mixture.layers[path];
+            let (options, scale) = (layer.options(), layer.routing().map_or(1.0, |r| r.scale));
+            // Unless someone has changed the layer since it was read.
+            if options.alpha == self.expert_alpha as f32 {
+                let rank = options.rank as f64;
+                let divisor = match options.scale {
+                    AdapterScale::Standard => rank,
+                    AdapterScale::RankStabilized => rank.sqrt(),
+                };
+                pair.scale = self.expert_alpha / divisor * f64::from(scale);
+            }
+        }
         pairs.extend(self.plain.pairs.clone());
         let mut adapter = PeftAdapter::of_pairs(pairs);
-        adapter.config.others.extend(self.mixture.others.clone());
+        adapter.config.others.extend(of_peft(&self.mixture.others));
         Ok(adapter)
+    }
+}
+
+/// Those keys that PEFT has too, without the modules that were adapted: the pairs say which.
+fn of_peft(others: &Map<String, Value>) -> impl Iterator<Item = (String, Value)> {
+    let keys = others.iter().filter(|(key, _)| without_effect(key));
+    keys.map(|(key, value)| (key.clone(), value.clone()))
+}
+
+/// What each tensor is named today, without the prefix, and what the file calls it.
+///
+/// # Errors
+/// [`Error::Format`] if a name does not begin with the prefix, or two are the same.
+fn names(config: &MoePeftConfig, checkpoint: &Checkpoint) -> Result<BTreeMap<String, String>> {
+    let prefix = config.prefix();
+    let mut names = BTreeMap::new();
+    for (name, _) in checkpoint.tensors() {
+        let short = name.strip_prefix(prefix).ok_or_else(|| {
+            checkpoint.wrong(name, &format!("the name does not begin with {prefix}"))
+        })?;
+        let early = if config.mix_lora {
+            early_name(short)
+        } else {
+            None
+        };
+        let today = early.unwrap_or_else(|| short.to_owned());
+        if let Some(other) = names.insert(today, name.to_owned()) {
+            let reason = format!("`{other}` is the same under its early name");
+            return Err(checkpoint.wrong(name, &reason));
+        }
+    }
+    Ok(names)
+}
+
+/// The name of today of a tensor of the first releases of MixLoRA: `layers.{i}.gate.weight` and `layers.{i}.experts.{e}.{linear}.lora_A.weight`, the
+/// linear layers by Llama's first names or by those of today.
+fn early_name(short: &str) -> Option<String> {
+    let mut parts = short.split('.');
+    let mut next = || parts.next();
+    let (Some("layers"), Some(layer)) = (next(), next()) else {
+        return None;
+    };
+    let layer = format!("layers.{layer}.mlp");
+    match [next(), next(), next(), next(), next(), next()] {
+        [Some("gate"), Some("weight"), None, ..] => Some(format!("{layer}{GATE}")),
+        [
+            Some("experts"),
+            Some(expert),
+            Some(linear),
+            Some(matrix),
+            Some("weight"),
+            None,
+        ] => {
+            let linear = match linear {
+                "w1_proj" => "gate_proj",
+                "w2_proj" => "down_proj",
+                "w3_proj" => "up_proj",
+                linear => linear,
+            };
+            Some(format!("{layer}.{linear}{EXPERTS}{expert}.{matrix}.weight"))
+        }
+        _ => None,
     }
 }
 
@@ -263,6 +202,7 @@ fn model_path(path: &str) -> String {
 
 struct Reader<'a> {
     config: &'a MoePeftConfig,
+    names: &'a BTreeMap<String, String>,
     path: &'a Path,
     checkpoint: &'a Checkpoint,
 }
@@ -304,6 +244,7 @@ impl Reader<'_> {
         let routing = Routing {
             // The loss of both adds up the choices of a token.
             balance: BalanceForm::HuggingFace,
+            jitter: self.config.jitter,
             ..Routing::new(experts, self.config.top_k)
         };
         let path = model_path(linear);
@@ -318,7 +259,7 @@ impl Reader<'_> {
             } else {
                 &dims[1..]
             };
-            let full = |number| format!("{}{}", self.config.prefix(), file(number));
+            let full = |number| self.full(&file(number));
             let tensor = read_tensors(self.checkpoint, full, count, each, dims)?;
             read.extend((0..count).map(file));
             mixture
@@ -336,9 +277,14 @@ impl Reader<'_> {
         Ok(())
     }
 
+    /// What the file calls a tensor.
+    fn full(&self, name: &str) -> String {
+        let found = self.names.get(name).cloned();
+        found.unwrap_or_else(|| format!("{}{name}", self.config.prefix()))
+    }
+
     /// The extents of a tensor that must be a matrix.
     fn matrix(&self, name: &str) -> Result<[usize; 2]> {
-        let name = format!("{}{name}", self.config.prefix());
-        self.checkpoint.matrix(&name)
+        self.checkpoint.matrix(&self.full(name))
     }
 }

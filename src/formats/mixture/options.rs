@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::formats::mixture::adapter::check_path;
 use crate::formats::mixture::layer::{MixtureKind, MixtureLayer};
 use crate::formats::peft::MOST_RANK;
 use crate::layers::{
@@ -33,6 +34,14 @@ pub(crate) const KEYS: [&str; 15] = [
     "shared_b",
     "gate_of",
 ];
+
+/// Keys of the whole file that have a meaning here.
+const OF_THE_FILE: [&str; 4] = ["peft_type", "format", "format_version", "layer_options"];
+
+/// Whether a key has a meaning in this layout, so that no key of others can be named so.
+pub(crate) fn is_taken(key: &str) -> bool {
+    KEYS.contains(&key) || OF_THE_FILE.contains(&key)
+}
 
 /// Those of [`KEYS`] that are names, and say nothing for other layers.
 const NAMES: [&str; 3] = ["shared_a", "shared_b", "gate_of"];
@@ -201,7 +210,7 @@ impl LayerConfig {
     }
 
     /// The names under which matrices are shared.
-    pub(crate) fn shared_names(&self) -> impl Iterator<Item = &String> {
+    fn shared_names(&self) -> impl Iterator<Item = &String> {
         [&self.shared_a, &self.shared_b].into_iter().flatten()
     }
 
@@ -259,13 +268,25 @@ impl LayerConfig {
         })
     }
 
-    /// Refuses sizes that no file has, and options of another kind of mixture.
-    pub(crate) fn check(&self, kind: MixtureKind) -> Result<()> {
+    /// Refuses names that are none, sizes that no file has, and options of another kind of mixture; [`LayerConfig::layer`] refuses the rest. Both are
+    /// asked before a layer is written and when it is read.
+    pub(crate) fn check(&self, kind: MixtureKind, path: &str) -> Result<()> {
+        let names = [
+            ("layer", Some(path)),
+            ("shared_a", self.shared_a.as_deref()),
+            ("shared_b", self.shared_b.as_deref()),
+            ("gate_of", self.gate_of.as_deref()),
+        ];
+        for (setting, name) in names {
+            if let Some(name) = name {
+                check_path(name).map_err(|reason| Error::setting(setting, name, reason))?;
+            }
+        }
         let limit = |setting, value: usize, most: usize| {
             if value <= most {
                 return Ok(());
             }
-            let reason = format!("at most {most} are believed: the file is damaged");
+            let reason = format!("at most {most} are believed in a file");
             Err(Error::setting(setting, value, reason))
         };
         limit("r", self.r, MOST_RANK as usize)?;

@@ -6,17 +6,13 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::file;
 use crate::formats::checkpoint::Checkpoint;
-use crate::formats::mixture::adapter::{MixtureAdapter, check_path};
+use crate::formats::mixture::adapter::MixtureAdapter;
 use crate::formats::mixture::layer::{MixtureKind, Part};
 use crate::formats::mixture::options::{KEYS, LayerConfig, join};
-use crate::formats::mixture::{FORMAT, FORMAT_VERSION};
-use crate::formats::peft::{CONFIG, PREFIX, open_tensors};
+use crate::formats::mixture::{FORMAT, FORMAT_VERSION, GATE};
+use crate::formats::peft::{PREFIX, factor, folder};
 use crate::tensor::Tensor;
-
-/// What a layer's gate is named: the tensor that every layer of every kind has.
-const GATE: &str = ".moe_gate.weight";
 
 /// `adapter_config.json`, checked as far as it can be without the tensors.
 #[derive(Debug)]
@@ -75,8 +71,13 @@ impl MixtureConfig {
         })
     }
 
+    /// Keys of others.
+    pub(crate) fn others(&self) -> &Map<String, Value> {
+        &self.others
+    }
+
     /// The options of a layer.
-    fn layer(&self, path: &str) -> Result<LayerConfig, String> {
+    pub(crate) fn layer(&self, path: &str) -> Result<LayerConfig, String> {
         let own = match self.layers.get(path) {
             None => None,
             Some(Value::Object(own)) => Some(own),
@@ -93,10 +94,8 @@ impl MixtureAdapter {
     /// [`Error::File`] if a file cannot be read; [`Error::Format`] if one is damaged or of another version, the configuration makes no
     /// sense, or a tensor is missing, of other extents than the configuration says, not finite, or of no layer.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
-        let path = folder.join(CONFIG);
-        let config = MixtureConfig::of(file::read_json(&path)?).map_err(file::damaged(&path))?;
-        Self::from_checkpoint(config, &path, &open_tensors(folder)?)
+        let opened = folder::open(folder.as_ref(), MixtureConfig::of)?;
+        Self::from_checkpoint(opened.config, &opened.path, &opened.tensors)
     }
 
     /// The adapter of a configuration, which is at `path`, and an open file.
@@ -137,15 +136,8 @@ impl MixtureAdapter {
         for path in paths {
             let wrong = |reason: String| wrong(format!("the options of `{path}`: {reason}"));
             let options = config.layer(&path).map_err(wrong)?;
-            for name in options
-                .shared_names()
-                .chain([&path])
-                .chain(options.gate_of())
-            {
-                check_path(name).map_err(|reason| wrong(format!("`{name}`: {reason}")))?;
-            }
             options
-                .check(config.kind)
+                .check(config.kind, &path)
                 .map_err(|error| wrong(error.to_string()))?;
             let widths = widths(checkpoint, &options.width_tensors(config.kind, &path))?;
             let layer = options
@@ -240,7 +232,7 @@ pub(crate) fn read_tensors(
     }
     let mut elements = Vec::new();
     for number in 0..count {
-        elements.extend(checkpoint.finite_tensor(&name(number))?.to_f32());
+        elements.extend(factor(checkpoint, &name(number))?.to_f32());
     }
     Tensor::f32(dims, elements)
 }

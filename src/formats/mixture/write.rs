@@ -2,38 +2,31 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
-use std::fs;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::file;
-use crate::formats::checkpoint::{self, ADAPTER, RawTensor};
+use crate::formats::checkpoint::RawTensor;
 use crate::formats::mixture::adapter::MixtureAdapter;
 use crate::formats::mixture::options::{LayerConfig, split};
 use crate::formats::mixture::{FORMAT, FORMAT_VERSION};
-use crate::formats::peft::{CONFIG, PREFIX, floats};
+use crate::formats::peft::{PREFIX, floats, folder};
 
 impl MixtureAdapter {
-    /// Writes an adapter's folder, which is made if it is not there. The tensors are written first, in 32 bits, each file under a temporary name.
+    /// Writes an adapter's folder, which is made if it is not there, the tensors in 32 bits. While the files are exchanged for those of an older
+    /// adapter the folder has no configuration: if the writer is killed then, it is not read as an adapter, and is to be written again.
     ///
     /// # Errors
     /// As [`MixtureAdapter::check`]; [`Error::Setting`] if there is no layer; [`Error::File`] if it cannot be written.
     pub fn write(&self, folder: impl AsRef<Path>) -> Result<()> {
-        let folder = folder.as_ref();
         self.check()?;
         let config = self.to_json()?;
-        fs::create_dir_all(folder).map_err(|source| Error::File {
-            path: folder.to_owned(),
-            source,
-        })?;
         let metadata = HashMap::from([
             ("format".to_owned(), FORMAT.to_owned()),
             ("format_version".to_owned(), FORMAT_VERSION.to_string()),
         ]);
-        checkpoint::write(&folder.join(ADAPTER), &self.raw_tensors()?, metadata)?;
-        file::replace(&folder.join(CONFIG), config.as_bytes())
+        folder::write(folder.as_ref(), &self.raw_tensors()?, metadata, &config)
     }
 
     /// The contents of `adapter_config.json`.

@@ -2,36 +2,20 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::fs;
 use std::path::Path;
 
 use safetensors::tensor::Dtype;
 
 use crate::error::{Error, Result};
-use crate::formats::checkpoint::{self, ADAPTER, Checkpoint, RawTensor};
-use crate::formats::peft::config::{CONFIG, LoraConfig};
+use crate::formats::checkpoint::{Checkpoint, RawTensor};
+use crate::formats::peft::config::LoraConfig;
+use crate::formats::peft::folder;
 use crate::graph::ParameterStore;
 use crate::layers::AdapterOptions;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor, TensorType};
 
 /// What stands before the name of every layer.
 pub(crate) const PREFIX: &str = "base_model.model.";
-
-/// Opens the tensors of an adapter's folder.
-///
-/// # Errors
-/// [`Error::File`] if they are not there, [`Error::Format`] if they are damaged or a pickle.
-pub(crate) fn open_tensors(folder: &Path) -> Result<Checkpoint> {
-    let path = folder.join(ADAPTER);
-    let pickle = folder.join("adapter_model.bin");
-    if !path.exists() && pickle.exists() {
-        return Err(Error::Format {
-            path: pickle,
-            reason: "a pickle, which can run any code: save the adapter as safetensors".to_owned(),
-        });
-    }
-    Checkpoint::open(path)
-}
 
 /// What kind of layer a pair is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,9 +135,8 @@ impl PeftAdapter {
     /// [`Error::File`] if a file cannot be read; [`Error::Format`] if one is damaged, the adapter is of a kind that is not read (see
     /// [`LoraConfig::from_json`]), a matrix has no partner, a rank is not what the configuration says, or a number is not finite.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
-        let config = LoraConfig::read(folder.join(CONFIG))?;
-        Self::from_checkpoint(config, &open_tensors(folder)?)
+        let opened = folder::open(folder.as_ref(), LoraConfig::of)?;
+        Self::from_checkpoint(opened.config, &opened.tensors)
     }
 
     /// The adapter of a configuration and an open file.
@@ -162,7 +145,6 @@ impl PeftAdapter {
         let mut parts: BTreeMap<String, Parts> = BTreeMap::new();
         let mut others = BTreeMap::new();
         for (name, _) in checkpoint.tensors() {
-            let tensor = checkpoint.finite_tensor(name)?;
             if name.contains(".lora_magnitude_vector") {
                 let reason = "the adapter is DoRA, which this release does not compute";
                 return Err(checkpoint.wrong(name, reason));
@@ -171,9 +153,10 @@ impl PeftAdapter {
                 .iter()
                 .find_map(|(end, target, part)| Some((name.strip_suffix(end)?, *target, *part)));
             let Some((layer, target, part)) = found else {
-                others.insert(name.to_owned(), tensor);
+                others.insert(name.to_owned(), checkpoint.finite_tensor(name)?);
                 continue;
             };
+            let tensor = factor(checkpoint, name)?;
             let Some(layer) = layer.strip_prefix(PREFIX) else {
                 let reason = format!("the name does not begin with {PREFIX}");
                 return Err(checkpoint.wrong(name, &reason));
@@ -206,11 +189,13 @@ impl PeftAdapter {
         })
     }
 
-    /// Writes an adapter's folder, which is made if it is not there. The tensors are written first, each file under a temporary name.
+    /// Writes an adapter's folder, which is made if it is not there. While the files are exchanged for those of an older adapter the folder has no
+    /// configuration: if the writer is killed then, it is not read as an adapter, and is to be written again.
     ///
     /// # Errors
-    /// [`Error::File`] if it cannot be written; [`Error::Setting`] if the configuration gives a pair another rank or scale than it has: PEFT
-    /// would compute something else.
+    /// [`Error::File`] if it cannot be written; [`Error::Setting`] if the configuration gives a pair another rank or scale than it has (PEFT
+    /// would compute something else), or the matrices of a pair do not fit together; [`Error::TypeMismatch`] if one is of integers,
+    /// [`Error::NotFinite`] if an element is not finite in 32 bits.
     pub fn write(&self, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
         for (layer, pair) in &self.pairs {
@@ -233,11 +218,9 @@ impl PeftAdapter {
                     reason: format!("the pair of `{layer}` has {}", pair.scale),
                 });
             }
+            fit(&pair.a, &pair.b, pair.bias.as_ref())
+                .map_err(|reason| Error::setting("pair", layer, reason))?;
         }
-        fs::create_dir_all(folder).map_err(|source| Error::File {
-            path: folder.to_owned(),
-            source,
-        })?;
         let mut tensors = Vec::new();
         for (layer, pair) in &self.pairs {
             let mut parts = vec![(Part::A, &pair.a), (Part::B, &pair.b)];
@@ -253,15 +236,22 @@ impl PeftAdapter {
                         reason: "an embedding has no bias".to_owned(),
                     });
                 };
-                tensors.push(floats(format!("{PREFIX}{layer}{end}"), tensor));
+                let name = format!("{PREFIX}{layer}{end}");
+                if tensor.dtype() == DType::I32 {
+                    return Err(Error::TypeMismatch {
+                        name,
+                        expected: TensorType::f32(tensor.shape().clone()),
+                        found: tensor.ty(),
+                    });
+                }
+                tensors.push(finite(name, tensor)?);
             }
         }
         for (name, tensor) in &self.others {
-            tensors.push(floats(name.clone(), tensor));
+            tensors.push(finite(name.clone(), tensor)?);
         }
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        checkpoint::write(&folder.join(ADAPTER), &tensors, metadata)?;
-        self.config.write(folder.join(CONFIG))
+        folder::write(folder, &tensors, metadata, &self.config.to_json())
     }
 
     /// Puts the pairs of all linear layers into a store as `LAYER.lora_a` and `LAYER.lora_b`, the names that [`Lora`](crate::layers::Lora)
@@ -294,6 +284,77 @@ pub(crate) fn floats(name: String, tensor: &Tensor) -> RawTensor<'_> {
     }
 }
 
+/// A tensor to be written: floats that are finite in 32 bits, or whole numbers as they are.
+fn finite(name: String, tensor: &Tensor) -> Result<RawTensor<'_>> {
+    if let Some(numbers) = tensor.as_i32() {
+        return Ok(RawTensor {
+            name,
+            dtype: Dtype::I32,
+            shape: tensor.shape().dims().to_vec(),
+            bytes: Cow::Borrowed(bytemuck::cast_slice(numbers)),
+        });
+    }
+    let raw = floats(name, tensor);
+    let mut elements = raw.bytes.chunks_exact(4);
+    let odd = elements.position(|bytes| {
+        let element = bytes.try_into().map(f32::from_le_bytes);
+        element.is_ok_and(|element| !element.is_finite())
+    });
+    match odd {
+        None => Ok(raw),
+        Some(element) => Err(Error::NotFinite {
+            value: format!("`{}`", raw.name),
+            element,
+        }),
+    }
+}
+
+/// A matrix of an adapter as a file has it.
+///
+/// # Errors
+/// As [`Checkpoint::finite_tensor`], and [`Error::Format`] if its elements are integers: those of a quantised adapter, which mean something else
+/// than they say.
+pub(crate) fn factor(checkpoint: &Checkpoint, name: &str) -> Result<Tensor> {
+    match checkpoint.entry(name).map(|entry| entry.dtype) {
+        None | Some(Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) => {
+            checkpoint.finite_tensor(name)
+        }
+        Some(other) => {
+            let reason = format!(
+                "elements of type {other:?}; F64, F32, F16 and BF16 are read in an adapter"
+            );
+            Err(checkpoint.wrong(name, &reason))
+        }
+    }
+}
+
+/// Whether A, B and the bias of B are a pair; if not, why. One for both ways: what is written is read.
+fn fit(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<(), String> {
+    let (&[rank, _], &[d_out, other]) = (a.shape().dims(), b.shape().dims()) else {
+        return Err(format!(
+            "lora_A {} and lora_B {} are no matrices; convolutions are not read",
+            a.shape(),
+            b.shape()
+        ));
+    };
+    if rank != other {
+        return Err(format!(
+            "lora_A {} and lora_B {} have different ranks",
+            a.shape(),
+            b.shape()
+        ));
+    }
+    if let Some(bias) = bias
+        && bias.shape().dims() != [d_out]
+    {
+        return Err(format!(
+            "the bias of lora_B is {}, expected [{d_out}]",
+            bias.shape()
+        ));
+    }
+    Ok(())
+}
+
 /// The pair of a layer, of a configuration and a file.
 pub(crate) fn pair(
     config: &LoraConfig,
@@ -308,33 +369,15 @@ pub(crate) fn pair(
         (None, _) => return wrong(format!("`{layer}` has no lora_A")),
         (_, None) => return wrong(format!("`{layer}` has no lora_B")),
     };
-    let (&[rank, _], &[d_out, other]) = (a.shape().dims(), b.shape().dims()) else {
-        return wrong(format!(
-            "`{layer}`: lora_A {} and lora_B {} are no matrices; convolutions are not read",
-            a.shape(),
-            b.shape()
-        ));
-    };
-    if rank != other {
-        return wrong(format!(
-            "`{layer}`: lora_A {} and lora_B {} have different ranks",
-            a.shape(),
-            b.shape()
-        ));
+    if let Err(reason) = fit(&a, &b, bias.as_ref()) {
+        return wrong(format!("`{layer}`: {reason}"));
     }
+    let rank = b.shape().last();
     // Adapters of fused experts hold the ranks of all experts in one matrix.
     let expected = config.rank_of(layer)?;
     if rank != expected && !(config.has_fused_experts() && rank.is_multiple_of(expected)) {
         return wrong(format!(
             "`{layer}` has rank {rank}, the configuration says {expected}"
-        ));
-    }
-    if let Some(bias) = &bias
-        && bias.shape().dims() != [d_out]
-    {
-        return wrong(format!(
-            "`{layer}`: the bias of lora_B is {}, expected [{d_out}]",
-            bias.shape()
         ));
     }
     Ok(LoraPair {

@@ -8,21 +8,15 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::file;
 
-/// The file's name.
-pub(crate) const CONFIG: &str = "adapter_config.json";
-
 /// Keys that PEFT's LoRA has beside those that this crate looks at: they change how an adapter is trained, loaded or placed, not what it computes.
-const WITHOUT_EFFECT: [&str; 33] = [
-    "arrow_config",
+const WITHOUT_EFFECT: [&str; 28] = [
     "auto_mapping",
-    "alora_invocation_tokens",
     "base_model_name_or_path",
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
     "inference_mode",
-    "layer_replication",
     "layers_pattern",
     "layers_to_transform",
     "loftq_config",
@@ -42,10 +36,8 @@ const WITHOUT_EFFECT: [&str; 33] = [
     "task_type",
     "tie_word_embeddings",
     "trainable_token_indices",
-    "use_qalora",
     "velora_config",
     "bdlora_config",
-    "use_bdlora",
 ];
 
 /// What a LoRA adapter computes: `y += s B A x` on every adapted layer, its rank and alpha by the layer's name.
@@ -111,15 +103,19 @@ impl LoraConfig {
         };
         let object: Map<String, Value> =
             serde_json::from_str(json).map_err(|error| wrong(error.to_string()))?;
-        read_object(object).map_err(wrong)
+        Self::of(object).map_err(wrong)
     }
 
     /// The keys that PEFT does not have, as far as this release knows: kept and without effect. To be shown as a warning.
     #[must_use]
     pub fn unknown_keys(&self) -> Vec<&str> {
         let keys = self.others.keys().map(String::as_str);
-        keys.filter(|key| !without_effect(key) && !CHECKED.contains(key))
-            .collect()
+        let known = |key: &str| {
+            without_effect(key)
+                || CHECKED.contains(&key)
+                || OTHERWISE.iter().any(|(otherwise, _)| *otherwise == key)
+        };
+        keys.filter(|key| !known(key)).collect()
     }
 
     /// The rank of the layer of this name.
@@ -206,6 +202,37 @@ pub(crate) fn without_effect(key: &str) -> bool {
 /// Keys that are looked at and kept as they are.
 const CHECKED: [&str; 2] = ["use_dora", "init_lora_weights"];
 
+/// Keys by which an adapter computes something else than `s B A x` on the layers of the model that it names, and what. False, null and empty they say nothing.
+const OTHERWISE: [(&str, &str); 5] = [
+    (
+        "alora_invocation_tokens",
+        "the adapter acts only behind such tokens",
+    ),
+    ("arrow_config", "several adapters are routed between"),
+    (
+        "layer_replication",
+        "the adapter is for a model some of whose layers stand there several times",
+    ),
+    ("use_bdlora", "the matrices are block-diagonal"),
+    ("use_qalora", "A reads sums of groups of inputs"),
+];
+
+/// Refuses [`OTHERWISE`].
+fn check_otherwise(object: &Map<String, Value>) -> Result<(), String> {
+    for (key, what) in OTHERWISE {
+        let value = object.get(key).unwrap_or(&Value::Null);
+        let is_nothing = value.is_null()
+            || value == &Value::Bool(false)
+            || value.as_array().is_some_and(Vec::is_empty);
+        if !is_nothing {
+            return Err(format!(
+                "{key} is {value}: {what}, which this release does not compute"
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// Whole numbers are written as such, as PEFT does.
 fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 1e15 {
@@ -268,53 +295,11 @@ fn pattern<T>(
         .collect()
 }
 
-fn read_object(mut object: Map<String, Value>) -> Result<LoraConfig, String> {
-    match object.remove("peft_type") {
-        Some(Value::String(kind)) if kind == "LORA" => {}
-        Some(other) => return Err(format!("peft_type is {other}, \"LORA\" is read here")),
-        None => return Err("there is no peft_type".to_owned()),
-    }
-    let mut config = LoraConfig::default();
-    // What is null has its default.
-    let mut take = |key: &str| object.remove(key).filter(|value| !value.is_null());
-    if let Some(value) = take("r") {
-        config.rank = rank("r", &value)?;
-    }
-    if let Some(value) = take("lora_alpha") {
-        config.alpha = alpha("lora_alpha", &value)?;
-    }
-    if let Some(value) = take("use_rslora") {
-        config.rank_stabilised = flag("use_rslora", &value)?;
-    }
-    if let Some(value) = take("rank_pattern") {
-        config.rank_pattern = pattern("rank_pattern", &value, rank)?;
-    }
-    if let Some(value) = take("alpha_pattern") {
-        config.alpha_pattern = pattern("alpha_pattern", &value, alpha)?;
-    }
-    if let Some(value) = take("fan_in_fan_out") {
-        config.fan_in_fan_out = flag("fan_in_fan_out", &value)?;
-    }
-    if let Some(value) = take("lora_bias") {
-        config.lora_bias = flag("lora_bias", &value)?;
-    }
-    if let Some(value) = take("bias") {
-        match value.as_str() {
-            Some(bias @ ("none" | "all" | "lora_only")) => bias.clone_into(&mut config.bias),
-            _ => return Err(format!("bias is {value}, expected none, all or lora_only")),
-        }
-    }
-    let names = config.rank_pattern.iter().map(|(name, _)| name);
-    for name in names.chain(config.alpha_pattern.iter().map(|(name, _)| name)) {
-        Regex::new(name).map_err(|error| format!("the pattern `{name}`: {error}"))?;
-    }
-    if let Some(value) = object.get("use_dora")
-        && flag("use_dora", value)?
-    {
-        return Err(
-            "use_dora: the adapter is DoRA, which this release does not compute".to_owned(),
-        );
-    }
+/// Refuses an adapter that is valid only on a base that its initialisation has changed.
+///
+/// # Errors
+/// The key, its value and the reason.
+pub(crate) fn check_base(object: &Map<String, Value>) -> Result<(), String> {
     if let Some(kind) = object.get("init_lora_weights").and_then(Value::as_str) {
         let kind = kind.to_ascii_lowercase();
         let changes = ["pissa", "olora", "corda", "loftq"];
@@ -325,6 +310,64 @@ fn read_object(mut object: Map<String, Value>) -> Result<LoraConfig, String> {
             ));
         }
     }
-    config.others = object;
-    Ok(config)
+    Ok(())
+}
+
+impl LoraConfig {
+    /// The configuration of the file's object.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(crate) fn of(mut object: Map<String, Value>) -> Result<Self, String> {
+        match object.remove("peft_type") {
+            Some(Value::String(kind)) if kind == "LORA" => {}
+            Some(other) => return Err(format!("peft_type is {other}, \"LORA\" is read here")),
+            None => return Err("there is no peft_type".to_owned()),
+        }
+        let mut config = Self::default();
+        // What is null has its default.
+        let mut take = |key: &str| object.remove(key).filter(|value| !value.is_null());
+        if let Some(value) = take("r") {
+            config.rank = rank("r", &value)?;
+        }
+        if let Some(value) = take("lora_alpha") {
+            config.alpha = alpha("lora_alpha", &value)?;
+        }
+        if let Some(value) = take("use_rslora") {
+            config.rank_stabilised = flag("use_rslora", &value)?;
+        }
+        if let Some(value) = take("rank_pattern") {
+            config.rank_pattern = pattern("rank_pattern", &value, rank)?;
+        }
+        if let Some(value) = take("alpha_pattern") {
+            config.alpha_pattern = pattern("alpha_pattern", &value, alpha)?;
+        }
+        if let Some(value) = take("fan_in_fan_out") {
+            config.fan_in_fan_out = flag("fan_in_fan_out", &value)?;
+        }
+        if let Some(value) = take("lora_bias") {
+            config.lora_bias = flag("lora_bias", &value)?;
+        }
+        if let Some(value) = take("bias") {
+            match value.as_str() {
+                Some(bias @ ("none" | "all" | "lora_only")) => bias.clone_into(&mut config.bias),
+                _ => return Err(format!("bias is {value}, expected none, all or lora_only")),
+            }
+        }
+        let names = config.rank_pattern.iter().map(|(name, _)| name);
+        for name in names.chain(config.alpha_pattern.iter().map(|(name, _)| name)) {
+            Regex::new(name).map_err(|error| format!("the pattern `{name}`: {error}"))?;
+        }
+        if let Some(value) = object.get("use_dora")
+            && flag("use_dora", value)?
+        {
+            return Err(
+                "use_dora: the adapter is DoRA, which this release does not compute".to_owned(),
+            );
+        }
+        check_base(&object)?;
+        check_otherwise(&object)?;
+        config.others = object;
+        Ok(config)
+    }
 }

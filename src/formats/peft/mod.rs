@@ -3,10 +3,11 @@
 mod adapter;
 mod config;
 mod experts;
+pub(crate) mod folder;
 mod merge;
 
 pub use adapter::{LoraPair, PeftAdapter, Target};
-pub(crate) use adapter::{PREFIX, Parts, floats, open_tensors, pair};
+pub(crate) use adapter::{PREFIX, Parts, factor, floats, pair};
 pub use config::LoraConfig;
-pub(crate) use config::{CONFIG, MOST_RANK, without_effect};
+pub(crate) use config::{MOST_RANK, check_base, without_effect};
 pub use experts::{ExpertOrientation, FusedExperts};

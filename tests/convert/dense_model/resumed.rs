@@ -111,7 +111,7 @@ fn a_run_after_one_that_failed_goes_on_and_gives_the_same() {
 }
 
 #[test]
-fn a_source_that_was_changed_is_converted_anew() {
+fn a_source_that_was_changed_is_converted_anew_if_that_is_asked_for() {
     let folder = tempfile::tempdir().expect("a folder");
     let gguf = folder.path().join("dense.gguf");
     let mut nan = matrices(1)[1].to_f32();
@@ -119,7 +119,7 @@ fn a_source_that_was_changed_is_converted_anew() {
     let nan = Tensor::f32([NEURONS, HIDDEN], nan).expect("the shape fits");
     write_gguf(&gguf, &[("blk.1.ffn_up.weight".to_owned(), nan)]);
     let out = folder.path().join("out");
-    let options = options(MoeLayout::Mixtral);
+    let mut options = options(MoeLayout::Mixtral);
     convert_dense_model(&gguf, &out, &options, &|_| {}).expect_err("a NaN in layer 1");
     // Layer 0 is another now too.
     let other = Tensor::f32([NEURONS, HIDDEN], vec![0.25; NEURONS * HIDDEN]);
@@ -135,6 +135,9 @@ fn a_source_that_was_changed_is_converted_anew() {
     file.expect("it is there")
         .set_modified(later)
         .expect("a time");
+    let error = convert_dense_model(&gguf, &out, &options, &|_| {}).expect_err("another source");
+    assert!(error.to_string().contains("another source"), "{error}");
+    options.restart = true;
     let report = convert_dense_model(&gguf, &out, &options, &|_| {}).expect("it converts");
     assert_eq!(
         (report.run.files_written, report.run.files_of_earlier_runs),
