@@ -521,23 +521,39 @@ fn a_router_that_reads_what_the_experts_read_can_be_projected() {
 }
 
 #[test]
-fn rotations_are_left_out_and_said_so() {
-    for gate in [GateInput::Input, GateInput::Static] {
-        let mut source = mixture(Some(gate));
-        let options = DistillOptions::default();
-        let (comol, report) = moe_lora_to_comol(&source, &options, |_| ()).expect("sound");
-        assert_eq!(report.left_out.len(), 2);
-        assert!(report.left_out[0].contains(DOWN), "{report:?}");
-        // The experts are those at rotation 0.
-        assert!(largest_difference(&run_mixture(&comol), &run_mixture(&source)) > 1e-3);
-        for (name, tensor) in &mut source.tensors {
-            if name.contains(".rotation_") {
-                *tensor = Tensor::zeros(&tensor.ty());
-            }
+fn rotations_by_the_token_are_left_out_and_said_so() {
+    let mut source = mixture(Some(GateInput::Input));
+    let options = DistillOptions::default();
+    let (comol, report) = moe_lora_to_comol(&source, &options, |_| ()).expect("sound");
+    assert_eq!(report.left_out.len(), 2);
+    assert!(report.left_out[0].contains(DOWN), "{report:?}");
+    // The experts are those at rotation 0.
+    assert!(largest_difference(&run_mixture(&comol), &run_mixture(&source)) > 1e-3);
+    let without = without_rotations(&mut source);
+    let apart = largest_difference(&run_mixture(&comol), &without);
+    assert!(apart < 1e-5, "{apart} apart");
+}
+
+#[test]
+fn static_rotations_become_part_of_the_cores() {
+    let mut source = mixture(Some(GateInput::Static));
+    let options = DistillOptions::default();
+    let (comol, report) = moe_lora_to_comol(&source, &options, |_| ()).expect("sound");
+    assert!(report.lossless && report.left_out.is_empty(), "{report:?}");
+    let rotated = run_mixture(&source);
+    let apart = largest_difference(&run_mixture(&comol), &rotated);
+    assert!(apart < 1e-5, "{apart} apart");
+    assert!(largest_difference(&without_rotations(&mut source), &rotated) > 1e-3);
+}
+
+/// What the layers compute with all numbers of their rotations at 0.
+fn without_rotations(source: &mut MixtureAdapter) -> Vec<Tensor> {
+    for (name, tensor) in &mut source.tensors {
+        if name.contains(".rotation_") {
+            *tensor = Tensor::zeros(&tensor.ty());
         }
-        let apart = largest_difference(&run_mixture(&comol), &run_mixture(&source));
-        assert!(apart < 1e-5, "{apart} apart");
     }
+    run_mixture(source)
 }
 
 #[test]

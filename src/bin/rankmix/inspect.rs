@@ -73,15 +73,21 @@ fn gguf(path: &Path, all: bool) -> Result<()> {
     Ok(())
 }
 
+/// A text in one line, of a long one the beginning.
+fn beginning(text: &str) -> String {
+    if text.chars().count() > 80 {
+        let beginning: String = text.chars().take(77).collect();
+        format!("{beginning:?}...")
+    } else {
+        format!("{text:?}")
+    }
+}
+
 /// A value of the metadata in one line; of long arrays the beginning.
 fn shown(value: &GgufValue) -> String {
     const SHOWN: usize = 6;
     match value {
-        GgufValue::Text(text) if text.chars().count() > 80 => {
-            let beginning: String = text.chars().take(77).collect();
-            format!("{beginning:?}...")
-        }
-        GgufValue::Text(text) => format!("{text:?}"),
+        GgufValue::Text(text) => beginning(text),
         GgufValue::Array(_, values) => {
             let first: Vec<String> = values.iter().take(SHOWN).map(shown).collect();
             let more = if values.len() > SHOWN { ", ..." } else { "" };
@@ -123,7 +129,7 @@ fn model(path: &Path, all: bool) -> Result<()> {
     let files = number(checkpoint.files().count(), "file");
     println!("{}: safetensors, {files}", path.display());
     for (key, value) in checkpoint.metadata() {
-        println!("  {key} = {value:?}");
+        println!("  {key} = {}", beginning(value));
     }
     print_rows(rows_of(&checkpoint), all);
     mixtures::print(path);

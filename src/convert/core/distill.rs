@@ -8,7 +8,7 @@ use crate::convert::core::loras::{change, report};
 use crate::convert::core::{CoreExpertReport, CoreLayerReport, CoreReport};
 use crate::error::{Error, Result};
 use crate::formats::{MixtureAdapter, MixtureLayer};
-use crate::layers::{AdapterOptions, CoMol, CoreRouting};
+use crate::layers::{AdapterOptions, CoMol, CoreRouting, GateInput};
 use crate::tensor::Tensor;
 
 /// How the experts of a mixture become core experts.
@@ -31,8 +31,8 @@ impl Default for DistillOptions {
 }
 
 /// Makes CoMoL of the layers of a MoE-LoRA adapter: the experts by projection, the routing as it was. With the router as it is and a basis as wide as the ranks
-/// together the layers compute what they did. Of a RotMoLE adapter it is the experts at rotation 0, without the rotation gate, as the
-/// report says: a rotation that depends on the token has no place in a core.
+/// together the layers compute what they did. Static rotations of a RotMoLE adapter are part of the cores; of others it is the experts at rotation 0,
+/// without the rotation gate, as the report says: a rotation that depends on the token has no place in a core.
 ///
 /// # Errors
 /// As [`MixtureAdapter::check`]; [`Error::Setting`] if a layer is CoMoL already, or its gate is that of a block; [`Error::NotFinite`] if a
@@ -74,7 +74,7 @@ pub fn moe_lora_to_comol(
         result.layers.insert(name, layer.into());
         reports.push(report);
     }
-    let rotated = |(_, layer): &(&String, &MixtureLayer)| matches!(layer, MixtureLayer::RotMole(_));
+    let rotated = |(_, layer): &(&String, &MixtureLayer)| matches!(layer, MixtureLayer::RotMole(layer) if layer.gate_input != GateInput::Static);
     let rotated = layers.iter().filter(|layer| rotated(layer));
     let left_out = rotated.map(|(path, _)| format!("the rotation of `{path}`"));
     let base = mixture.others.get("base_model_name_or_path");
@@ -103,13 +103,8 @@ fn convert(
     let (d_in, d_out) = (lora.base.d_in, lora.base.d_out);
     let (experts, rank) = (lora.routing.experts, lora.options.rank);
     let scale = f64::from(lora.options.factor());
-    let (a, b) = (tensor("lora_a").to_f32(), tensor("lora_b").to_f32());
-    let each = a
-        .chunks_exact(rank * d_in)
-        .zip(b.chunks_exact(d_out * rank));
-    let changes = each.map(|(a, b)| {
-        let a = Tensor::f32([rank, d_in], a.to_vec())?;
-        let b = Tensor::f32([d_out, rank], b.to_vec())?;
+    let changes = (0..experts).map(|expert| {
+        let [a, b] = mixture.expert_matrices(path, layer, expert)?;
         change(path, &a, &b, scale).map(Some)
     });
     let changes = changes.collect::<Result<Vec<_>>>()?;

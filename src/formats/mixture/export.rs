@@ -31,29 +31,40 @@ impl MixtureAdapter {
                 let reason = format!("`{path}` has {} experts, counted from 0", layer.experts());
                 return Err(Error::setting("expert", expert, reason));
             }
-            Ok(match layer {
+            match layer {
                 MixtureLayer::MoeLora(_) | MixtureLayer::RotMole(_) => {
-                    let matrix = |name| matrix_of(&self.tensors[&format!("{path}.{name}")], expert);
-                    let (a, b) = (matrix("lora_a")?, matrix("lora_b")?);
-                    match layer {
-                        MixtureLayer::RotMole(rotated)
-                            if rotated.gate_input == GateInput::Static =>
-                        {
-                            let generator = &self.tensors[&format!("{path}.rotation_generator")];
-                            let rotations = rotated.static_rotations(generator)?;
-                            let rotation = matrix_of(&rotations, expert)?.to_f64();
-                            [a, times_transposed(path, &b, &rotation)?]
-                        }
-                        _ => [a, b],
-                    }
+                    self.expert_matrices(path, layer, expert)
                 }
                 MixtureLayer::CoMol(_) => {
                     let mut gates = vec![0.0; layer.experts()];
                     gates[expert] = 1.0;
-                    self.merged_pair(path, layer, &gates)?
+                    self.merged_pair(path, layer, &gates)
                 }
-            })
+            }
         })
+    }
+
+    /// A and B of one expert of a layer that is no CoMoL, a static rotation taken into B.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] if B R is not finite in 32 bits.
+    pub(crate) fn expert_matrices(
+        &self,
+        path: &str,
+        layer: &MixtureLayer,
+        expert: usize,
+    ) -> Result<[Tensor; 2]> {
+        let matrix = |name| matrix_of(&self.tensors[&format!("{path}.{name}")], expert);
+        let (a, b) = (matrix("lora_a")?, matrix("lora_b")?);
+        match layer {
+            MixtureLayer::RotMole(rotated) if rotated.gate_input == GateInput::Static => {
+                let generator = &self.tensors[&format!("{path}.rotation_generator")];
+                let rotations = rotated.static_rotations(generator)?;
+                let rotation = matrix_of(&rotations, expert)?.to_f64();
+                Ok([a, times_transposed(path, &b, &rotation)?])
+            }
+            _ => Ok([a, b]),
+        }
     }
 
     /// The cores of every CoMoL layer merged by these gates, one for each expert, as a plain LoRA adapter: A and B (Σ g M)ᵀ.

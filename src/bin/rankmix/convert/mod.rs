@@ -56,7 +56,7 @@ pub(crate) enum Command {
     /// conversion.json in OUT_DIR says for each layer what the rank is, and what each expert has lost. The router starts at zero:
     /// every token takes the mean of all LoRAs until it is trained.
     LorasToComol(loras_to_comol::Options),
-    /// Make a MoE-LoRA adapter (or RotMoLE, without its rotations, or MoLA) a CoMoL adapter.
+    /// Make a MoE-LoRA adapter (or RotMoLE, without rotations that depend on the token, or MoLA) a CoMoL adapter.
     ///
     /// The experts become core experts between an A and a B that all share; the routing stays what it is. That loses nothing if
     /// the shared rank is large enough; conversion.json in OUT_DIR says for each layer what the rank is, and what each expert has lost.
