@@ -326,6 +326,15 @@ impl Tensor {
         }
     }
 
+    /// The elements converted to 32-bit floats, not copied if that is what they are.
+    #[must_use]
+    pub fn into_f32(self) -> Vec<f32> {
+        match self.data {
+            TensorData::F32(data) => data,
+            TensorData::F64(_) | TensorData::I32(_) => self.to_f32(),
+        }
+    }
+
     /// The elements converted to 64-bit floats.
     #[must_use]
     pub fn to_f64(&self) -> Vec<f64> {

@@ -152,8 +152,68 @@ def read_with_peft(folder):
         print(f"  {name} in PEFT: {apart:.1e} apart")
 
 
+def write_with_peft(folder):
+    """Models, adapters that PEFT saves for them, and what PEFT makes of both: merged weights."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file as save_tensors
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed_tokens = torch.nn.Embedding(11, 8)
+            self.q_proj = torch.nn.Linear(8, 6)
+            self.score = torch.nn.Linear(6, 3)
+
+        def get_input_embeddings(self):
+            return self.embed_tokens
+
+        def get_output_embeddings(self):
+            return None
+
+        def forward(self, tokens):
+            return self.score(self.q_proj(self.embed_tokens(tokens)))
+
+    torch.manual_seed(1)
+    for name, options in {
+        "wrapped": dict(target_modules=["q_proj", "embed_tokens"], bias="all", modules_to_save=["score"]),
+        "bias": dict(target_modules=["q_proj"], lora_bias=True, use_rslora=True),
+    }.items():
+        at = f"{folder}/{name}"
+        os.makedirs(f"{at}/model")
+        model = Model()
+        save_tensors(model.state_dict(), f"{at}/model/model.safetensors")
+        json.dump({"architectures": ["Model"]}, open(f"{at}/model/config.json", "w"))
+        adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, **options))
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn_like(parameter)
+        adapted.save_pretrained(f"{at}/adapter")
+        merged = adapted.merge_and_unload().state_dict()
+        save_tensors({key: value.contiguous() for key, value in merged.items()}, f"{at}/expected.safetensors")
+
+
+def merged_as_peft(folder):
+    """rankmix's merge of an adapter against PEFT's."""
+    expected = load_file(f"{folder}/expected.safetensors")
+    base = load_file(f"{folder}/model/model.safetensors")
+    found = {}
+    for file in sorted(os.listdir(f"{folder}/merged")):
+        if file.endswith(".safetensors"):
+            found |= load_file(f"{folder}/merged/{file}")
+    assert found.keys() == expected.keys(), (found.keys(), expected.keys())
+    apart = max(numpy.abs(found[key] - expected[key]).max() for key in expected)
+    changed = sum((found[key] != base[key]).any() for key in expected)
+    assert apart < 1e-5 and changed > 1, (apart, changed)
+    print(f"  {os.path.basename(folder)}: {changed} tensors merged as PEFT merges them: {apart:.1e} apart")
+
+
 if sys.argv[1] == "write":
     write(sys.argv[2])
+    if "--peft" in sys.argv:
+        write_with_peft(sys.argv[2])
+elif sys.argv[1] == "merged":
+    merged_as_peft(sys.argv[2])
 else:
     read(sys.argv[2])
     if "--peft" in sys.argv:

@@ -165,7 +165,8 @@ pub fn normed_inputs(norm: &Tensor, tokens: usize, seed: u64) -> Result<Tensor> 
 ///
 /// # Errors
 /// [`Error::Setting`] if E does not divide the intermediate width, `top_k` is not between 1 and E or there are fewer than 4 tokens;
-/// [`Error::Shape`] if the matrices or the activations do not fit each other; [`Error::NotFinite`] if one of them holds a NaN or an infinity.
+/// [`Error::Shape`] if the matrices or the activations do not fit each other; [`Error::NotFinite`] if one of them holds a NaN or an infinity, or
+/// the outputs are beyond 32 bits.
 pub fn split_dense(
     dense: &DenseFeedForward,
     activations: &Tensor,
@@ -195,6 +196,11 @@ pub fn split_dense(
         let found = norms_of(&parts.outputs(block));
         let place = norms.as_mut().subrows_mut(start, block.nrows());
         { place }.copy_from(found);
+    }
+    let odd = (0..fitted).find(|&token| (0..experts).any(|e| !norms[(token, e)].is_finite()));
+    if let Some(element) = odd {
+        let value = "the outputs of the experts for the activations, by tokens,".to_owned();
+        return Err(Error::NotFinite { value, element });
     }
     let router = router(x.subrows(0, fitted), &norms);
     let mut kept = Kept::new(options);

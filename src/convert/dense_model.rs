@@ -56,7 +56,7 @@ pub struct DenseLayerReport {
 pub struct DenseModelReport {
     /// What the user should know: where a program that loads the result by its `model_type` computes something else than the source's beside the feed-forwards, and what rounds.
     pub warnings: Vec<String>,
-    /// What else of the source's folder was not copied: weights in other files, which are of the model as it was.
+    /// What of the source's folder was not copied: other files of weights, which are of the model as it was; links to folders, and what else is no file.
     pub not_copied: Vec<String>,
     /// The layers.
     pub layers: Vec<DenseLayerReport>,
@@ -74,7 +74,8 @@ pub struct DenseModelReport {
 /// # Errors
 /// [`Error::Setting`] for another layout, and as [`split_dense`]; [`Error::Format`], with the tensor's name and its file, if a matrix is missing or has another shape than in other layers, a
 /// layer has biases, or a number is not finite, and for another activation than SiLU; [`Error::File`] if a file cannot be read, `out` is there already, or an unfinished conversion with other
-/// options is in the way. All but numbers that are not finite is found before anything is written.
+/// options is in the way; [`Error::Limit`] if a matrix times its factor is beyond what its type holds. All but
+/// numbers is found before anything is written.
 pub fn convert_dense_model(
     model: &Path,
     out: &Path,
@@ -279,7 +280,14 @@ impl Work<'_> {
     fn layer(&self, layer: usize, file: &str, source: &DenseSource) -> Result<()> {
         let (moe, router, report) = {
             let inputs = self.inputs(layer, source)?;
-            split_dense(&source.feed_forward(layer)?, &inputs, &self.split)?
+            let split = split_dense(&source.feed_forward(layer)?, &inputs, &self.split);
+            // The matrices and the inputs were finite when they were read.
+            split.map_err(|error| match error {
+                Error::NotFinite { value, .. } => file::damaged(self.model)(format!(
+                    "layer {layer}: {value} are beyond what 32 bits hold"
+                )),
+                other => other,
+            })?
         };
         let path = self.path(layer);
         let mut tensors = vec![OutputTensor::floats(

@@ -387,7 +387,7 @@ impl DenseSource {
         }
     }
 
-    /// Copies what a model's folder holds beside its weights, the tokenizer's files and the like. Returns the weights in other formats, which are not copied.
+    /// Copies what a model's folder holds beside its weights, the tokenizer's files and the like. Returns what is not copied, as `source::copy_others` does.
     pub(crate) fn copy_others(&self, to: &Path) -> Result<Vec<String>> {
         match self {
             Self::Safetensors { folder, checkpoint } => {

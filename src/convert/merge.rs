@@ -6,16 +6,25 @@ use std::path::Path;
 use half::{bf16, f16};
 use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::convert::plan::grouped;
 use crate::convert::source::{copy_others, identity};
 use crate::convert::stage::{Fingerprint, REPORT, Replacement, Stage};
+use crate::convert::{Listener, Progress};
 use crate::error::{Error, Result};
+use crate::file;
 use crate::formats::{
-    Checkpoint, FusedExperts, LoraPair, ModelWriter, OutputTensor, PeftAdapter, Target,
+    Checkpoint, FusedExperts, LoraPair, ModelWriter, OutputTensor, PeftAdapter, Target, write_json,
 };
 use crate::tensor::Tensor;
+
+/// The configuration of a model.
+const CONFIG: &str = "config.json";
+/// The configuration of an adapter.
+const ADAPTER_CONFIG: &str = "adapter_config.json";
+/// What PEFT puts before the names of a model's tensors.
+const PREFIX: &str = "base_model.model.";
 
 /// How an adapter is merged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,36 +55,42 @@ pub struct MergedTensor {
 pub struct MergeReport {
     /// The tensors that changed, in the order of their names.
     pub tensors: Vec<MergedTensor>,
-    /// Files of the model's folder that were not copied, because they hold its weights in another form.
+    /// What of the model's folder was not copied: other files of weights, which are those without the adapter; links to folders, and what else is no file.
     pub not_copied: Vec<String>,
 }
 
-/// What an adapter does to one tensor of the model.
-enum Change<'a> {
-    /// A weight, or with an embedding's pair a table.
+/// What an adapter does to one tensor of the model: it is replaced, then something is added.
+#[derive(Default)]
+struct Change<'a> {
+    whole: Option<&'a Tensor>,
+    added: Option<Added<'a>>,
+}
+
+/// What is added to a tensor.
+enum Added<'a> {
+    /// To a weight, or to a table of embeddings.
     Pair(&'a LoraPair),
-    /// Weights of experts in one tensor.
+    /// To the weights of experts in one tensor.
     Experts(FusedExperts),
-    /// The bias of B goes to the layer's, times the scale.
+    /// The bias of B, times the scale, to that of the layer.
     Bias { bias: &'a Tensor, scale: f64 },
-    /// Trained whole.
-    Whole(&'a Tensor),
 }
 
 impl Change<'_> {
     /// The tensor as it is afterwards.
-    fn of(&self, tensor: &Tensor, fan_in_fan_out: bool, unmerge: bool) -> Result<Tensor> {
-        match self {
-            Self::Pair(pair) if unmerge => pair.unmerge(tensor, fan_in_fan_out),
-            Self::Pair(pair) => pair.merge(tensor, fan_in_fan_out),
-            Self::Experts(experts) if unmerge => experts.unmerge(tensor),
-            Self::Experts(experts) => experts.merge(tensor),
-            Self::Bias { bias, scale } => {
+    fn of(&self, before: &Tensor, fan_in_fan_out: bool, unmerge: bool) -> Result<Tensor> {
+        let tensor = self.whole.unwrap_or(before);
+        match &self.added {
+            None => Ok(tensor.clone()),
+            Some(Added::Pair(pair)) if unmerge => pair.unmerge(tensor, fan_in_fan_out),
+            Some(Added::Pair(pair)) => pair.merge(tensor, fan_in_fan_out),
+            Some(Added::Experts(experts)) if unmerge => experts.unmerge(tensor),
+            Some(Added::Experts(experts)) => experts.merge(tensor),
+            Some(Added::Bias { bias, scale }) => {
                 let factor = if unmerge { -scale } else { *scale } as f32;
                 let pairs = tensor.to_f32().into_iter().zip(bias.to_f32());
                 Tensor::f32(tensor.shape(), pairs.map(|(w, b)| w + factor * b).collect())
             }
-            Self::Whole(whole) => Ok((*whole).clone()),
         }
     }
 }
@@ -86,12 +101,64 @@ struct Changes<'a> {
     by_name: BTreeMap<String, Change<'a>>,
 }
 
+/// A pair for fused experts, and the tensor that it is for.
+struct Fused<'a> {
+    /// What stands before the tensor's name, a dot behind it.
+    module: String,
+    name: String,
+    extents: [usize; 3],
+    pair: &'a LoraPair,
+}
+
+impl Fused<'_> {
+    /// Whether the widths do not say which of them A reads.
+    fn is_square(&self) -> bool {
+        self.extents[1] == self.extents[2]
+    }
+}
+
+/// The name that a tensor of an adapter has in the model: PEFT wraps modules that it adapts or trains whole.
+fn name_in_model(key: &str) -> String {
+    let name = key.strip_prefix(PREFIX).unwrap_or(key);
+    name.replace(".base_layer.", ".")
+        .replace(".modules_to_save.", ".")
+}
+
 impl<'a> Changes<'a> {
     fn of(model: &'a Checkpoint, adapter: &'a PeftAdapter, unmerge: bool) -> Result<Self> {
         let mut changes = Self {
             model,
             by_name: BTreeMap::new(),
         };
+        for (key, tensor) in &adapter.others {
+            // What a module that was trained whole was before: with `bias` of all, its bias is saved too.
+            if key.contains(".original_module.") {
+                continue;
+            }
+            let name = name_in_model(key);
+            let adapted = name.strip_suffix(".weight");
+            // PEFT saves the weight under an adapted embedding or output layer with it.
+            let is_underneath = key.contains(".base_layer.")
+                && adapted.is_some_and(|path| adapter.pairs.contains_key(path));
+            if unmerge && is_underneath {
+                continue;
+            }
+            if unmerge {
+                return Err(Error::Setting {
+                    setting: "unmerge",
+                    value: key.clone(),
+                    reason: "it was trained whole: what was there before is not in the adapter"
+                        .to_owned(),
+                });
+            }
+            let change = changes.at(&name, Some(tensor.shape().dims()))?;
+            if change.whole.is_some_and(|other| other != tensor) {
+                let reason = format!("`{key}` is another tensor for it");
+                return Err(Error::DuplicateName { name, reason });
+            }
+            change.whole = Some(tensor);
+        }
+        let mut fused = Vec::new();
         for (path, pair) in &adapter.pairs {
             let weight = format!("{path}.weight");
             if model.entry(&weight).is_some() {
@@ -102,37 +169,26 @@ impl<'a> Changes<'a> {
                 } else {
                     [d_out, d_in]
                 };
-                changes.put(weight, Change::Pair(pair), Some(&shape))?;
+                changes.add(&weight, Some(&shape), Added::Pair(pair))?;
             } else if adapter.config.has_fused_experts() {
-                changes.fused(path, pair)?;
+                fused.push(changes.fused(path, pair)?);
             } else {
                 return Err(missing(&weight, path));
             }
             if let Some(bias) = &pair.bias {
-                let (name, scale) = (format!("{path}.bias"), pair.scale);
                 let shape = Some(bias.shape().dims());
-                changes.put(name, Change::Bias { bias, scale }, shape)?;
+                let scale = pair.scale;
+                changes.add(&format!("{path}.bias"), shape, Added::Bias { bias, scale })?;
             }
         }
-        for (key, tensor) in &adapter.others {
-            if unmerge {
-                return Err(Error::Setting {
-                    setting: "unmerge",
-                    value: key.clone(),
-                    reason: "it was trained whole: what was there before is not in the adapter"
-                        .to_owned(),
-                });
-            }
-            let name = key.strip_prefix("base_model.model.").unwrap_or(key);
-            let shape = Some(tensor.shape().dims());
-            changes.put(name.to_owned(), Change::Whole(tensor), shape)?;
-        }
+        changes.add_fused(fused)?;
         Ok(changes)
     }
 
-    fn put(&mut self, name: String, change: Change<'a>, shape: Option<&[usize]>) -> Result<()> {
-        let Some(entry) = self.model.entry(&name) else {
-            return Err(missing(&name, &name));
+    /// The change of a tensor that must be there, and of this shape.
+    fn at(&mut self, name: &str, shape: Option<&[usize]>) -> Result<&mut Change<'a>> {
+        let Some(entry) = self.model.entry(name) else {
+            return Err(missing(name, name));
         };
         let floats = [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::BF16];
         if !floats.contains(&entry.dtype) {
@@ -140,15 +196,20 @@ impl<'a> Changes<'a> {
                 "an adapter changes it, and its elements are of type {:?}: F64, F32, F16 and BF16 are merged",
                 entry.dtype
             );
-            return Err(self.model.wrong(&name, &reason));
+            return Err(self.model.wrong(name, &reason));
         }
         if let Some(shape) = shape.filter(|shape| *shape != entry.shape) {
             let reason = format!("it is {:?}, and the adapter's is {shape:?}", entry.shape);
-            return Err(self.model.wrong(&name, &reason));
+            return Err(self.model.wrong(name, &reason));
         }
-        if self.by_name.insert(name.clone(), change).is_some() {
+        Ok(self.by_name.entry(name.to_owned()).or_default())
+    }
+
+    fn add(&mut self, name: &str, shape: Option<&[usize]>, added: Added<'a>) -> Result<()> {
+        let change = self.at(name, shape)?;
+        if change.added.replace(added).is_some() {
             return Err(Error::DuplicateName {
-                name,
+                name: name.to_owned(),
                 reason: "the adapter changes it twice".to_owned(),
             });
         }
@@ -157,31 +218,52 @@ impl<'a> Changes<'a> {
 
     /// Finds the tensor of experts that a pair is for. PEFT names a pair by the module, and where two tensors of one module are adapted, the inner pair
     /// with `base_layer` behind it; the widths say which is which.
-    fn fused(&mut self, path: &str, pair: &'a LoraPair) -> Result<()> {
-        let module = path.split(".base_layer").next().unwrap_or(path);
-        let beginning = format!("{module}.");
-        let names = self.model.names_from(&beginning);
-        let fitting = names.filter_map(|name| {
+    fn fused(&self, path: &str, pair: &'a LoraPair) -> Result<Fused<'a>> {
+        let module = format!("{}.", path.split(".base_layer").next().unwrap_or(path));
+        let fitting = self.model.names_from(&module).filter_map(|name| {
             let entry = self.model.entry(name)?;
             let extents = <[usize; 3]>::try_from(entry.shape.as_slice()).ok()?;
-            let experts = FusedExperts::of_pair(pair, extents).ok()?;
-            (!name[beginning.len()..].contains('.')).then_some((name, experts))
+            let is_own = !name[module.len()..].contains('.');
+            let fits = is_own && FusedExperts::of_pair(pair, extents).is_ok();
+            fits.then_some((name, extents))
         });
-        let mut fitting = fitting.collect::<Vec<_>>();
-        if fitting.len() > 1 {
-            return Err(Error::Setting {
+        match fitting.collect::<Vec<_>>().as_slice() {
+            [] => Err(missing(&format!("{module}*"), path)),
+            [(name, extents)] => Ok(Fused {
+                name: (*name).to_owned(),
+                extents: *extents,
+                pair,
+                module,
+            }),
+            [(one, _), (other, _), ..] => Err(Error::Setting {
                 setting: "adapter",
                 value: path.to_owned(),
-                reason: format!(
-                    "its widths fit `{}` and `{}` of the model",
-                    fitting[0].0, fitting[1].0
-                ),
-            });
+                reason: format!("its widths fit `{one}` and `{other}` of the model"),
+            }),
         }
-        let Some((name, experts)) = fitting.pop() else {
-            return Err(missing(&format!("{beginning}*"), path));
-        };
-        self.put(name.to_owned(), Change::Experts(experts), None)
+    }
+
+    /// Where widths do not say which of them A reads, the other tensor of the module does: all tensors of a module lie alike.
+    fn add_fused(&mut self, mut fused: Vec<Fused<'a>>) -> Result<()> {
+        fused.sort_by_key(Fused::is_square);
+        let mut known = BTreeMap::new();
+        for of in fused {
+            let experts = if of.is_square() {
+                let Some(orientation) = known.get(&of.module) else {
+                    let reason = format!(
+                        "it is {:?}: which of two equal widths the adapter's A reads depends on the model and on the release of PEFT, and the file does not say it",
+                        of.extents
+                    );
+                    return Err(self.model.wrong(&of.name, &reason));
+                };
+                FusedExperts::of_oriented_pair(of.pair, of.extents, *orientation)?
+            } else {
+                FusedExperts::of_pair(of.pair, of.extents)?
+            };
+            known.insert(of.module, experts.orientation);
+            self.add(&of.name, None, Added::Experts(experts))?;
+        }
+        Ok(())
     }
 }
 
@@ -193,25 +275,52 @@ fn missing(name: &str, path: &str) -> Error {
     }
 }
 
-/// A change of the embeddings would change the output layer too if that has no weight of its own.
-fn check_not_tied(changes: &Changes<'_>, keys: &Value) -> Result<()> {
-    let said = keys.get("tie_word_embeddings").and_then(Value::as_bool);
+/// What families call their tables of embeddings and their output layers.
+const TABLES: [&str; 8] = [
+    "embed_tokens",
+    "wte",
+    "shared",
+    "word_embeddings",
+    "embed_in",
+    "tok_embeddings",
+    "lm_head",
+    "embed_out",
+];
+
+/// A change of the embeddings would change the output layer too if that has no weight of its own, and the other way round.
+fn check_not_tied(
+    model: &Checkpoint,
+    adapter: &PeftAdapter,
+    keys: &Map<String, Value>,
+) -> Result<()> {
+    let of_text = keys.get("text_config").and_then(Value::as_object);
+    let said = [Some(keys), of_text]
+        .into_iter()
+        .flatten()
+        .find_map(|keys| keys.get("tie_word_embeddings")?.as_bool());
     // Where nothing is said families differ: a language model without the weight of an output layer has none of its own.
-    let tied = said.unwrap_or_else(|| {
+    let is_tied = said.unwrap_or_else(|| {
         let kinds = keys.get("architectures").map(Value::to_string);
-        kinds.is_some_and(|kinds| kinds.contains("ForCausalLM"))
-            && changes.model.entry("lm_head.weight").is_none()
+        let kinds = kinds.unwrap_or_default();
+        let writes = ["LMHead", "ForCausalLM", "ForConditionalGeneration"];
+        writes.iter().any(|kind| kinds.contains(kind))
+            && !model
+                .tensors()
+                .any(|(name, _)| name.ends_with("lm_head.weight"))
     });
-    let table = changes.by_name.iter().find_map(|(name, change)| {
-        let is_table = matches!(change, Change::Pair(pair) if pair.target == Target::Embedding)
-            || name.ends_with("embed_tokens.weight");
-        is_table.then_some(name)
+    let others = adapter.others.keys().map(|key| name_in_model(key));
+    let others = others.filter_map(|name| Some(name.strip_suffix(".weight")?.to_owned()));
+    let mut paths = adapter.pairs.keys().cloned().chain(others);
+    let table = paths.find(|path| {
+        let name = path.rsplit('.').next().unwrap_or(path);
+        let pair = adapter.pairs.get(path);
+        TABLES.contains(&name) || pair.is_some_and(|pair| pair.target == Target::Embedding)
     });
     match table {
-        Some(name) if tied => Err(Error::Setting {
+        Some(path) if is_tied => Err(Error::Setting {
             setting: "adapter",
-            value: name.clone(),
-            reason: "the model's output layer is tied to it (`tie_word_embeddings`, or no `lm_head.weight`): merged, the adapter would change both".to_owned(),
+            value: path,
+            reason: "the model's embeddings and its output layer are one tensor (`tie_word_embeddings`, or no `lm_head.weight`): merged, the adapter of one would change both".to_owned(),
         }),
         _ => Ok(()),
     }
@@ -230,50 +339,58 @@ fn ratio(part: f64, whole: f64) -> f64 {
 }
 
 /// Merges an adapter into a model of the folder `model` and writes the result as the folder `out`: everything else of the model is unchanged, tensors keep
-/// their types. Without `unmerge` each adapted weight becomes W + scale B A (with `fan_in_fan_out` its transpose), biases of B are added to the layer's, and
-/// tensors that were trained whole replace the model's. Sums are in 32 bits.
+/// their types, but that F64 becomes F32. Each adapted weight becomes W + scale B A (with `fan_in_fan_out` its transpose), biases of B are added to the layer's, and
+/// tensors that were trained whole replace the model's. Sums are in 32 bits. With [`MergeOptions::dtype`] F32, the `dtype` of config.json says so too, so that
+/// programs do not round again what they load.
 ///
-/// The folder is made as `out.partial` and renamed when it is whole. Of the model no more is in memory than the tensors of one file that
-/// change, of 512 MiB or one tensor. `progress` is told how many of how many files are written.
+/// The folder is made as `out.partial` and renamed when it is whole; interrupted, it is made anew. In memory are the changed tensors of one file, of 512 MiB or
+/// one tensor, and 8 bytes for each element of the one that is being changed. `listener` is told how many of how many files are written.
 ///
 /// # Errors
 /// [`Error::Setting`] if the adapter is for another model, changes embeddings that the output layer is tied to, or was trained whole in part and is to be taken out;
-/// [`Error::Format`], with the tensor's name, if a tensor has other extents, is of no floats or holds a NaN;
-/// [`Error::Limit`] if a sum is beyond what its type holds; [`Error::File`] if a file cannot be read or the output may not be written.
+/// [`Error::Format`], with the tensor's name, if a tensor has other extents, is of no floats or holds a NaN, if its experts' widths are equal and nothing says which of them A reads,
+/// or if the model was changed meanwhile; [`Error::Limit`] if a sum is beyond what its type holds; [`Error::File`] if a file cannot be read or the output may not be written.
 pub fn merge_lora(
     model: &Path,
     adapter: &Path,
     out: &Path,
     options: &MergeOptions,
-    progress: &dyn Fn(usize, usize),
+    listener: Listener<'_>,
 ) -> Result<MergeReport> {
-    let config = model.join("config.json");
-    let keys: Value = crate::file::read_json(&config)?;
+    let config = model.join(CONFIG);
+    let mut keys: Map<String, Value> = file::read_json(&config)?;
     let checkpoint = Checkpoint::open(model)?;
     let lora = PeftAdapter::read(adapter)?;
+    check_not_tied(&checkpoint, &lora, &keys)?;
     let changes = Changes::of(&checkpoint, &lora, options.unmerge)?;
-    check_not_tied(&changes, &keys)?;
+    let of_model = || identity(&Checkpoint::open(model)?, &[config.clone()]);
     let fingerprint = Fingerprint {
         options: json!({
             "unmerge": options.unmerge, "dtype": options.dtype.map(|dtype| format!("{dtype:?}")),
         }),
         source: json!({
-            "model": identity(&checkpoint, &[config])?,
-            "adapter": identity(&Checkpoint::open(adapter)?, &[adapter.join("adapter_config.json")])?,
+            "model": of_model()?,
+            "adapter": identity(&Checkpoint::open(adapter)?, &[adapter.join(ADAPTER_CONFIG)])?,
         }),
     };
     let replacement = Replacement {
         overwrite: options.overwrite,
         restart: options.restart,
     };
-    let stage = Stage::open(out, &[model, adapter], &fingerprint, replacement)?;
+    let mut stage = Stage::open(out, &[model, adapter], &fingerprint, replacement)?;
+    stage.empty()?;
+    if let Some(notice) = &stage.notice {
+        listener(Progress::Notice(notice));
+    }
     let writer = ModelWriter::new(stage.folder());
     let groups = grouped(&checkpoint, |_| true);
+    let of = groups.len();
     let mut files = Vec::new();
     let mut merged = Vec::new();
     for (number, names) in groups.iter().enumerate() {
-        progress(number, groups.len());
-        let file = ModelWriter::shard_name(number + 1, groups.len());
+        let finished = number;
+        listener(Progress::Written { finished, of });
+        let file = ModelWriter::shard_name(number + 1, of);
         let tensors = names
             .iter()
             .map(|name| match changes.by_name.get(name) {
@@ -289,13 +406,37 @@ pub fn merge_lora(
         files.push(file);
     }
     writer.write_index(&files)?;
+    // An adapter may lie in the model's folder: its configuration would make an adapter of the result.
+    let mut written = vec![REPORT, ADAPTER_CONFIG];
+    if options.dtype == Some(Dtype::F32) {
+        say_single(&mut keys);
+        write_json(&stage.folder().join(CONFIG), &Value::Object(keys))?;
+        written.push(CONFIG);
+    }
     let report = MergeReport {
         tensors: merged,
-        not_copied: copy_others(model, stage.folder(), &checkpoint, &[REPORT])?,
+        not_copied: copy_others(model, stage.folder(), &checkpoint, &written)?,
     };
+    // What was read is what was there at the beginning, or the parts do not fit each other.
+    if of_model()? != fingerprint.source["model"] {
+        let reason = "its files were changed while the adapter was merged";
+        return Err(file::damaged(model)(reason.to_owned()));
+    }
     stage.publish_with("merge_lora", &fingerprint, &report)?;
-    progress(groups.len(), groups.len());
+    listener(Progress::Written { finished: of, of });
     Ok(report)
+}
+
+/// Where a configuration says what to load the model in, that is 32 bits now.
+fn say_single(keys: &mut Map<String, Value>) {
+    for key in ["dtype", "torch_dtype"] {
+        if let Some(dtype) = keys.get_mut(key).filter(|dtype| dtype.is_string()) {
+            *dtype = "float32".into();
+        }
+    }
+    if let Some(Value::Object(of_text)) = keys.get_mut("text_config") {
+        say_single(of_text);
+    }
 }
 
 /// A tensor with its change, and what that was.
@@ -308,6 +449,7 @@ fn changed(
 ) -> Result<(OutputTensor<'static>, MergedTensor)> {
     let before = checkpoint.finite_tensor(name)?;
     let after = change.of(&before, lora.config.fan_in_fan_out, options.unmerge)?;
+    let shape = after.shape().dims().to_vec();
     let kept = match checkpoint.entry(name).map(|entry| entry.dtype) {
         Some(dtype @ (Dtype::F16 | Dtype::BF16)) => dtype,
         _ => Dtype::F32,
@@ -318,16 +460,16 @@ fn changed(
         Dtype::BF16 => bf16::from_f32(x).to_f32(),
         _ => x,
     };
-    let (old, new) = (before.to_f32(), after.to_f32());
-    let pairs = || new.iter().zip(&old);
-    let difference = norm(pairs().map(|(new, old)| f64::from(*new) - f64::from(*old)));
+    let (old, new) = (before.into_f32(), after.into_f32());
+    let pairs = new.iter().zip(&old);
+    let difference = norm(pairs.map(|(new, old)| f64::from(*new) - f64::from(*old)));
     let lost = norm(new.iter().map(|&x| f64::from(rounded(x)) - f64::from(x)));
     let facts = MergedTensor {
         name: name.to_owned(),
         change: ratio(difference, norm(old.iter().map(|&x| f64::from(x)))),
         rounding: ratio(lost, difference),
     };
-    let shape = after.shape().dims().to_vec();
+    drop(old);
     let tensor = OutputTensor::floats(name.to_owned(), &shape, new.into(), dtype)?;
     Ok((tensor, facts))
 }

@@ -47,6 +47,8 @@ pub(crate) struct Stage {
     overwrite: bool,
     /// What was found of an earlier run, in words.
     pub(crate) notice: Option<String>,
+    /// Whether an earlier run of the same conversion has left something.
+    goes_on: bool,
     /// Held as long as the folder is written to.
     _lock: Option<fs::File>,
 }
@@ -188,6 +190,7 @@ impl Stage {
             partial,
             overwrite: replacement.overwrite,
             notice: None,
+            goes_on: false,
             _lock: None,
         };
         stage.begin(remedy, fingerprint, replacement.restart)?;
@@ -208,6 +211,7 @@ impl Stage {
             }
             let other = match found(&self.out, &partial, fingerprint) {
                 Found::Same => {
+                    self.goes_on = true;
                     self.notice = Some(format!("going on in {}", partial.display()));
                     return remove_leftovers(&partial);
                 }
@@ -245,11 +249,14 @@ impl Stage {
         )
     }
 
-    /// Removes what another run has left in it.
+    /// Removes what another run has left in it: for what is made anew.
     ///
     /// # Errors
     /// [`Error::File`] if that cannot be done.
-    pub(crate) fn empty(&self) -> Result<()> {
+    pub(crate) fn empty(&mut self) -> Result<()> {
+        if self.goes_on {
+            self.notice = Some(format!("making {} anew", self.partial.display()));
+        }
         clear(&self.partial)
     }
 
@@ -369,6 +376,9 @@ pub(crate) fn check(out: &Path, sources: &[&Path], overwrite: bool) -> Result<()
 /// Checks that nothing is at the output's name, or what may be replaced.
 fn check_replaceable(out: &Path, overwrite: bool) -> Result<()> {
     if !out.exists() {
+        if fs::symlink_metadata(out).is_ok() {
+            return Err(refused(out, "this is a link to what is not there"));
+        }
         return Ok(());
     }
     if !overwrite {
@@ -415,7 +425,7 @@ fn found(out: &Path, partial: &Path, fingerprint: &Fingerprint) -> Found {
     let is_of_out = || Fingerprint::of(&report_in(out)).as_ref() == Some(fingerprint);
     if is_whole && out.exists() {
         let is_old = other != *fingerprint && !is_newer(&path, &out.join(REPORT));
-        if is_old || is_of_out() {
+        if is_old || other == *fingerprint && is_of_out() {
             return Found::Finished;
         }
     }

@@ -236,7 +236,7 @@ impl Checkpoint {
             .map_err(|error| wrong(error.to_string()))?;
         let data = elements(&view).ok_or_else(|| {
             wrong(format!(
-                "elements of type {:?}; F64, F32, F16, BF16, I32 and I64 are read",
+                "elements of type {:?}; F64, F32, F16, BF16, I32, and I64 whose numbers fit 32 bits are read",
                 entry.dtype
             ))
         })?;

@@ -65,7 +65,7 @@ impl TensorFile {
         for (name, view) in file.tensors() {
             let data = elements(&view).ok_or_else(|| {
                 wrong(format!(
-                    "tensor `{name}` has elements of type {:?}; F64, F32, F16, BF16, I32 and I64 are read",
+                    "tensor `{name}` has elements of type {:?}; F64, F32, F16, BF16, I32, and I64 whose numbers fit 32 bits are read",
                     view.dtype()
                 ))
             })?;

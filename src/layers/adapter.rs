@@ -49,6 +49,15 @@ impl AdapterOptions {
         self
     }
 
+    /// What alpha is divided by.
+    pub(crate) fn divisor(&self) -> f64 {
+        let rank = self.rank as f64;
+        match self.scale {
+            AdapterScale::Standard => rank,
+            AdapterScale::RankStabilized => rank.sqrt(),
+        }
+    }
+
     /// The factor in front of the adapter.
     #[must_use]
     pub fn factor(&self) -> f32 {

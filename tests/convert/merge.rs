@@ -122,7 +122,7 @@ fn adapter() -> PeftAdapter {
 
 fn merge(folder: &Path, options: &MergeOptions) -> Result<MergeReport> {
     let [model, lora, out] = ["model", "lora", "out"].map(|name| folder.join(name));
-    merge_lora(&model, &lora, &out, options, &|_, _| {})
+    merge_lora(&model, &lora, &out, options, &|_| {})
 }
 
 /// `before + 2 b a`, transposed if that is said, in 64 bits.
@@ -283,7 +283,7 @@ fn what_was_merged_is_taken_out_again() -> Result<()> {
         unmerge: true,
         ..MergeOptions::default()
     };
-    merge_lora(&out, &folder.join("lora"), &again, &options, &|_, _| {})?;
+    merge_lora(&out, &folder.join("lora"), &again, &options, &|_| {})?;
     let (before, after) = (
         Checkpoint::open(folder.join("model"))?,
         Checkpoint::open(&again)?,
@@ -344,24 +344,354 @@ fn adapters_of_other_models_are_refused() -> Result<()> {
             .any(|name| error.to_string().contains(name));
         assert!(is_named, "{name}: {error}");
     }
-    for config in [
-        json!({"tie_word_embeddings": true}),
-        json!({"architectures": ["AForCausalLM"]}),
-    ] {
-        let mut tensors = model();
-        if config.get("architectures").is_some() {
-            tensors.retain(|(name, _, _)| !name.starts_with(HEAD));
-        }
-        let mut lora = adapter();
-        lora.others.clear();
-        let error = refused(&tensors, &config, &lora, &plain);
-        assert!(error.to_string().contains("tied"), "{error}");
-    }
     let unmerge = MergeOptions {
         unmerge: true,
         ..plain
     };
     let error = refused(&model(), &untied, &adapter(), &unmerge);
     assert!(error.to_string().contains("trained whole"), "{error}");
+    Ok(())
+}
+
+/// A model of one weight or tensor of experts, an adapter of one pair for it, and the result.
+fn merged_alone(
+    name: &str,
+    shape: &[usize],
+    lora: &PeftAdapter,
+    options: &MergeOptions,
+) -> Result<[Tensor; 2]> {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let folder = folder.path();
+    let tensors = [(name.to_owned(), shape.to_vec(), Dtype::F32)];
+    write_model(&folder.join("model"), &tensors, &json!({}));
+    lora.write(folder.join("lora"))?;
+    merge(folder, options)?;
+    let of = |folder: &str, at: &Path| Checkpoint::open(at.join(folder))?.tensor(name);
+    Ok([of("model", folder)?, of("out", folder)?])
+}
+
+#[test]
+fn weights_that_lie_transposed_are_changed_by_the_transpose() -> Result<()> {
+    let mut lora =
+        PeftAdapter::of_pairs([("a".to_owned(), pair(Target::Linear, [6, 2, 8], 1))].into());
+    lora.config.fan_in_fan_out = true;
+    let options = MergeOptions::default();
+    let [before, after] = merged_alone("a.weight", &[8, 6], &lora, &options)?;
+    let pair = &lora.pairs["a"];
+    assert_close("a", &after, &sum(&before, &pair.a, &pair.b, true), 1e-6);
+    let error = merged_alone("a.weight", &[6, 8], &lora, &options).expect_err("it is transposed");
+    assert!(error.to_string().contains("[8, 6]"), "{error}");
+    Ok(())
+}
+
+/// Experts of equal widths, alone and beside a tensor whose widths differ.
+#[test]
+fn which_width_experts_read_is_never_guessed() -> Result<()> {
+    for orientation in [
+        ExpertOrientation::LastIsInput,
+        ExpertOrientation::MiddleIsInput,
+    ] {
+        let transposed = orientation == ExpertOrientation::MiddleIsInput;
+        let of = |d_out, d_in, seed: usize| FusedExperts {
+            experts: (0..3)
+                .map(|e| {
+                    (
+                        floats(&[2, d_in], seed + e),
+                        floats(&[d_out, 2], seed + 9 + e),
+                    )
+                })
+                .collect(),
+            orientation,
+            scale: 2.0,
+        };
+        let (both, down) = (of(16, 8, 1), of(8, 8, 30));
+        let mut pairs = vec![("m.experts".to_owned(), down.to_pair()?)];
+        let adapter = |pairs: &[(String, LoraPair)]| {
+            let mut lora = PeftAdapter::of_pairs(pairs.iter().cloned().collect());
+            (lora.config.rank, lora.config.alpha) = (2, 4.0);
+            lora.config.rank_pattern.clear();
+            lora.config.alpha_pattern.clear();
+            let parameters = json!(["experts.gate_up_proj", "experts.down_proj"]);
+            let others = &mut lora.config.others;
+            others.insert("target_parameters".to_owned(), parameters);
+            lora
+        };
+        let options = MergeOptions::default();
+        let alone = merged_alone(
+            "m.experts.down_proj",
+            &[3, 8, 8],
+            &adapter(&pairs),
+            &options,
+        );
+        let error = alone.expect_err("two equal widths").to_string();
+        assert!(
+            error.contains("`m.experts.down_proj`") && error.contains("equal widths"),
+            "{error}"
+        );
+
+        pairs.push(("m.experts.base_layer".to_owned(), both.to_pair()?));
+        let folder = tempfile::tempdir().expect("a folder of its own");
+        let folder = folder.path();
+        let wide = if transposed { [3, 8, 16] } else { [3, 16, 8] };
+        let tensors = [("gate_up_proj", wide), ("down_proj", [3, 8, 8])];
+        let tensors =
+            tensors.map(|(name, shape)| (format!("m.experts.{name}"), shape.to_vec(), Dtype::F32));
+        write_model(&folder.join("model"), &tensors, &json!({}));
+        adapter(&pairs).write(folder.join("lora"))?;
+        merge(folder, &options)?;
+        let (before, after) = (
+            Checkpoint::open(folder.join("model"))?,
+            Checkpoint::open(folder.join("out"))?,
+        );
+        for ((name, shape, _), fused) in tensors.iter().zip([&both, &down]) {
+            let each = shape[1] * shape[2];
+            let (old, new) = (before.tensor(name)?.to_f32(), after.tensor(name)?.to_f32());
+            for (expert, (a, b)) in fused.experts.iter().enumerate() {
+                let of = |all: &[f32]| {
+                    Tensor::f32([shape[1], shape[2]], all[expert * each..][..each].to_vec())
+                };
+                assert_close(name, &of(&new)?, &sum(&of(&old)?, a, b, transposed), 1e-6);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_names_that_peft_gives_wrapped_modules_are_those_of_the_model() -> Result<()> {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let folder = folder.path();
+    write_model(
+        &folder.join("model"),
+        &model(),
+        &json!({"tie_word_embeddings": false}),
+    );
+    let pairs = [
+        (TABLE.to_owned(), pair(Target::Embedding, [8, 2, 11], 7)),
+        (OUTPUT.to_owned(), pair(Target::Linear, [8, 2, 6], 3)),
+    ];
+    let mut lora = PeftAdapter::of_pairs(pairs.into());
+    lora.config.bias = "all".to_owned();
+    let under = floats(&[11, 8], 70);
+    let (bias, head) = (floats(&[8], 71), floats(&[11, 8], 72));
+    for (key, tensor) in [
+        (format!("{TABLE}.base_layer.weight"), &under),
+        (format!("{OUTPUT}.base_layer.bias"), &bias),
+        (format!("{HEAD}.weight"), &head),
+        (format!("{HEAD}.modules_to_save.weight"), &head),
+        (format!("{HEAD}.original_module.weight"), &under),
+    ] {
+        lora.others
+            .insert(format!("base_model.model.{key}"), tensor.clone());
+    }
+    lora.write(folder.join("lora"))?;
+    let report = merge(folder, &MergeOptions::default())?;
+    assert_eq!(report.tensors.len(), 4);
+    let mut twice = lora.clone();
+    let key = format!("base_model.model.{HEAD}.modules_to_save.weight");
+    twice.others.insert(key, under.clone());
+    twice.write(folder.join("lora"))?;
+    let error = merge(
+        folder,
+        &MergeOptions {
+            overwrite: true,
+            ..MergeOptions::default()
+        },
+    );
+    let error = error.expect_err("two weights of one name");
+    assert!(
+        matches!(&error, Error::DuplicateName { name, .. } if name.starts_with(HEAD)),
+        "{error}"
+    );
+    lora.write(folder.join("lora"))?;
+    let after = Checkpoint::open(folder.join("out"))?;
+    let table = &lora.pairs[TABLE];
+    let expected = sum(&under, &table.a, &table.b, true);
+    assert_close(
+        TABLE,
+        &after.tensor(&format!("{TABLE}.weight"))?,
+        &expected,
+        1e-6,
+    );
+    assert_close(
+        OUTPUT,
+        &after.tensor(&format!("{OUTPUT}.bias"))?,
+        &bias.to_f64(),
+        0.0,
+    );
+    assert_close(
+        HEAD,
+        &after.tensor(&format!("{HEAD}.weight"))?,
+        &head.to_f64(),
+        3e-4,
+    );
+    // What lies under a pair has not changed, what was trained whole is gone.
+    let out = folder.join("out");
+    let again = |lora: &PeftAdapter| {
+        lora.write(folder.join("lora"))?;
+        let options = MergeOptions {
+            unmerge: true,
+            ..MergeOptions::default()
+        };
+        merge_lora(
+            &out,
+            &folder.join("lora"),
+            &folder.join("again"),
+            &options,
+            &|_| {},
+        )
+    };
+    let error = again(&lora).expect_err("a bias that was trained");
+    assert!(error.to_string().contains("trained whole"), "{error}");
+    lora.others.retain(|key, _| key.contains(TABLE));
+    again(&lora)?;
+    let again = Checkpoint::open(folder.join("again"))?;
+    assert_close(
+        TABLE,
+        &again.tensor(&format!("{TABLE}.weight"))?,
+        &under.to_f64(),
+        1e-6,
+    );
+    Ok(())
+}
+
+#[test]
+fn embeddings_that_the_output_layer_shares_are_left_alone() -> Result<()> {
+    let table = |name: &str| {
+        let weight = format!("base_model.model.{name}.weight");
+        let mut lora =
+            PeftAdapter::of_pairs([(QUERY.to_owned(), pair(Target::Linear, [6, 2, 8], 1))].into());
+        lora.others.insert(weight, floats(&[11, 8], 8));
+        lora
+    };
+    let pair = |name: &str| {
+        let pair = pair(Target::Embedding, [8, 2, 11], 7);
+        PeftAdapter::of_pairs([(name.to_owned(), pair)].into())
+    };
+    let tied = json!({"tie_word_embeddings": true});
+    let nested = json!({"architectures": ["AForConditionalGeneration"], "text_config": {"tie_word_embeddings": true}});
+    let untied = json!({"architectures": ["AForCausalLM"], "tie_word_embeddings": false});
+    let wordless = json!({"architectures": ["GPT2LMHeadModel"]});
+    let encoder = json!({"architectures": ["BertModel"]});
+    for (config, lora, has_head, is_refused) in [
+        (&tied, pair(TABLE), true, true),
+        (&tied, table(TABLE), false, true),
+        (&tied, table(HEAD), true, true),
+        (&tied, table(HEAD), false, true),
+        (&nested, pair(TABLE), true, true),
+        (&wordless, pair("wte"), false, true),
+        (&wordless, pair(TABLE), true, false),
+        (&untied, pair(TABLE), false, false),
+        (&untied, table(HEAD), true, false),
+        (&encoder, pair("wte"), false, false),
+    ] {
+        let folder = tempfile::tempdir().expect("a folder of its own");
+        let mut tensors = model();
+        tensors.push(("wte.weight".to_owned(), vec![11, 8], Dtype::F32));
+        tensors.retain(|(name, _, _)| has_head || !name.starts_with(HEAD));
+        write_model(&folder.path().join("model"), &tensors, config);
+        lora.write(folder.path().join("lora"))?;
+        let merged = merge(folder.path(), &MergeOptions::default());
+        match merged {
+            Ok(_) => assert!(!is_refused, "{config}"),
+            Err(error) => {
+                let is_it = error.to_string().contains("one tensor");
+                assert!(is_it && is_refused, "{config}: {error}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn sums_beyond_a_type_are_refused_and_the_configuration_says_32_bits() -> Result<()> {
+    let mut large = pair(Target::Linear, [6, 2, 8], 1);
+    large.scale = 1e6;
+    let lora = PeftAdapter::of_pairs([("a".to_owned(), large)].into());
+    let options = MergeOptions {
+        dtype: Some(Dtype::F16),
+        ..MergeOptions::default()
+    };
+    let error = merged_alone("a.weight", &[6, 8], &lora, &options).expect_err("beyond 16 bits");
+    assert!(
+        matches!(&error, Error::Limit { thing, .. } if thing.contains("`a.weight`")),
+        "{error}"
+    );
+
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let folder = folder.path();
+    let tensors = [("a.weight".to_owned(), vec![6, 8], Dtype::BF16)];
+    let config = json!({"dtype": "bfloat16", "text_config": {"torch_dtype": "bfloat16", "x": 1}});
+    write_model(&folder.join("model"), &tensors, &config);
+    lora.write(folder.join("lora"))?;
+    // An adapter in the model's own folder does not make one of the result.
+    fs::write(folder.join("model/adapter_config.json"), "{}").expect("a file");
+    let said = |folder: &Path| -> Value {
+        let text = fs::read_to_string(folder.join("out/config.json")).expect("a file");
+        serde_json::from_str(&text).expect("JSON")
+    };
+    let mut options = MergeOptions::default();
+    merge(folder, &options)?;
+    assert_eq!(said(folder), config);
+    options.dtype = Some(Dtype::F32);
+    let error = merge(folder, &options).expect_err("an output is there");
+    assert!(error.to_string().contains("overwrite"), "{error}");
+    options.overwrite = true;
+    merge(folder, &options)?;
+    let single = json!({"dtype": "float32", "text_config": {"torch_dtype": "float32", "x": 1}});
+    assert_eq!(said(folder), single);
+    assert!(!folder.join("out/adapter_config.json").exists());
+    // What another run has left is thrown away if that is asked for, and not taken into the result.
+    fs::rename(folder.join("out"), folder.join("out.partial")).expect("the output");
+    let left = json!({"unfinished": true, "options": {}, "source": {}});
+    fs::write(folder.join("out.partial/conversion.json"), left.to_string()).expect("a file");
+    fs::write(folder.join("out.partial/left.txt"), "").expect("a file");
+    let error = merge(folder, &options).expect_err("another conversion");
+    assert!(error.to_string().contains("restart"), "{error}");
+    options.restart = true;
+    merge(folder, &options)?;
+    assert!(!folder.join("out/left.txt").exists());
+    Ok(())
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn the_program_says_what_it_did_and_what_rounding_lost() -> Result<()> {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let at = folder.path();
+    let tensors = [("a.weight".to_owned(), vec![6, 8], Dtype::BF16)];
+    write_model(&at.join("model"), &tensors, &json!({}));
+    fs::write(at.join("model/pytorch_model.bin"), "").expect("a file");
+    let mut small = pair(Target::Linear, [6, 2, 8], 1);
+    small.scale = 1e-3;
+    PeftAdapter::of_pairs([("a".to_owned(), small)].into()).write(at.join("lora"))?;
+    let run = |more: &[&str]| {
+        let done = std::process::Command::new(env!("CARGO_BIN_EXE_rankmix"))
+            .args(["convert", "merge-lora", "model", "lora", "out"])
+            .args(more)
+            .current_dir(at)
+            .output()
+            .expect("the program starts");
+        let [out, error] =
+            [done.stdout, done.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+        (done.status.code(), out, error)
+    };
+    let (code, out, error) = run(&[]);
+    assert_eq!(code, Some(0), "{error}");
+    assert!(out.contains("tensors changed: 1"), "{out}");
+    for word in [
+        "rounding lost",
+        "`a.weight`",
+        "--dtype f32",
+        "pytorch_model.bin",
+    ] {
+        assert!(error.contains(word), "`{error}` does not name {word}");
+    }
+    let (code, _, error) = run(&["--dtype", "f32", "--overwrite"]);
+    assert_eq!(code, Some(0), "{error}");
+    assert!(!error.contains("rounding"), "{error}");
+    let (code, _, error) = run(&[]);
+    assert_eq!(code, Some(2));
+    assert!(error.contains("overwrite"), "{error}");
     Ok(())
 }

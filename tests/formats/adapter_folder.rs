@@ -53,7 +53,7 @@ fn names(folder: &Path) -> Vec<String> {
 fn tensors_without_their_configuration_are_no_adapter_until_it_is_written_again() {
     let folder = tempfile::tempdir().expect("a folder of its own");
     let folder = folder.path();
-    let words = ["missing beside", "cut short", "adapter.writing-0"];
+    let words = ["is missing", "cut short", "adapter.writing-0"];
     lora(2.0).write(folder).expect("a folder of its own");
     fs::write(folder.join("README.md"), "mine").expect("a folder of its own");
     cut_short(folder);
@@ -80,6 +80,51 @@ fn tensors_without_their_configuration_are_no_adapter_until_it_is_written_again(
     adapter.write(folder).expect("a folder of its own");
     let read = MixtureAdapter::read(folder).expect("written again");
     assert_eq!(read, adapter);
+}
+
+/// Which of several left folders goes with the tensors cannot be told: none is named as the one to take by hand.
+#[test]
+fn after_several_writers_that_were_cut_short_nothing_is_to_be_put_together() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let folder = folder.path();
+    lora(2.0).write(folder).expect("a folder of its own");
+    cut_short(folder);
+    let reason = |words: &[&str], not: &str| {
+        let error = PeftAdapter::read(folder).expect_err("there is no configuration");
+        let text = error.to_string();
+        let all = words.iter().all(|word| text.contains(word));
+        assert!(all && !text.contains(not), "{text}");
+    };
+    let previous = "previous_adapter_config.json";
+    reason(&["adapter.writing-0", previous], "Several");
+    let staged = folder.join("adapter.writing-0");
+    fs::rename(staged.join(previous), staged.join(CONFIG)).expect("a file");
+    reason(&["adapter.writing-0 has"], previous);
+    fs::create_dir(folder.join("adapter.writing-1")).expect("a folder of its own");
+    reason(
+        &[
+            "adapter.writing-0, adapter.writing-1",
+            "write the adapter again",
+        ],
+        previous,
+    );
+}
+
+/// The configuration of a folder without tensors of this format comes back too.
+#[test]
+fn a_writer_that_fails_keeps_the_only_configuration() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let folder = folder.path();
+    fs::write(folder.join(CONFIG), "{}").expect("a folder of its own");
+    fs::create_dir(folder.join(TENSORS)).expect("a folder of its own");
+    fs::write(folder.join(TENSORS).join("mine"), "mine").expect("a folder of its own");
+    let failed = lora(4.0).write(folder);
+    assert!(matches!(failed, Err(Error::File { .. })), "{failed:?}");
+    assert_eq!(names(folder), [CONFIG, TENSORS]);
+    assert_eq!(
+        fs::read_to_string(folder.join(CONFIG)).expect("a file"),
+        "{}"
+    );
 }
 
 #[test]
@@ -132,7 +177,7 @@ fn a_killed_writer_leaves_an_adapter_or_none_and_readers_beside_it_find_no_mixed
             assert!(read == lora(alpha), "alpha of another adapter: {read:?}");
         }
         Err(Error::Format { reason, .. }) => {
-            let between = reason.contains("missing beside") || reason.contains("was replaced");
+            let between = reason.contains("is missing") || reason.contains("was replaced");
             assert!(between, "{reason}");
             assert!(!(after_kill && reason.contains("was replaced")), "{reason}");
         }

@@ -279,6 +279,7 @@ fn configurations_that_cannot_be_are_refused() {
         ),
         (r#""init_lora_weights": "olora""#, ["olora", "changed"]),
         (r#""init_lora_weights": "corda""#, ["corda", "changed"]),
+        (r#""init_lora_weights": "lora_ga""#, ["lora_ga", "changed"]),
         (r#""use_qalora": true"#, ["use_qalora", "not compute"]),
         (r#""use_bdlora": true"#, ["use_bdlora", "block-diagonal"]),
         (r#""arrow_config": {"top_k": 3}"#, ["arrow_config", "3"]),
@@ -297,6 +298,65 @@ fn configurations_that_cannot_be_are_refused() {
     assert_damaged!(config(r#"{"peft_type": "IA3"}"#), "IA3");
     assert_damaged!(config("[]"), "invalid type: sequence");
     assert_damaged!(config(r#"{"peft_type": "#), "line 1");
+}
+
+#[test]
+fn what_would_be_read_otherwise_is_not_written() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    adapter().write(folder.path()).expect("a sound adapter");
+    let refused = |change: &dyn Fn(&mut PeftAdapter), words: [&str; 2]| {
+        let mut changed = adapter();
+        change(&mut changed);
+        let error = changed.write(folder.path()).expect_err(words[0]);
+        assert!(matches!(error, Error::Setting { .. }), "{error:?}");
+        let message = error.to_string();
+        for word in words {
+            assert!(message.contains(word), "`{message}` does not name {word}");
+        }
+        let kept = PeftAdapter::read(folder.path()).expect("the one before");
+        assert_eq!(kept, adapter());
+    };
+    let with_key = |key: &'static str, value: serde_json::Value| {
+        move |adapter: &mut PeftAdapter| {
+            let others = &mut adapter.config.others;
+            others.insert(key.to_owned(), value.clone());
+        }
+    };
+    refused(&with_key("use_dora", true.into()), ["use_dora", "DoRA"]);
+    let pissa = with_key("init_lora_weights", "pissa".into());
+    refused(&pissa, ["pissa", "changed"]);
+    refused(&with_key("use_qalora", true.into()), ["use_qalora", "true"]);
+    refused(&with_key("r", 5.into()), ["adapter_config.json", "another"]);
+    let bias = |adapter: &mut PeftAdapter| adapter.config.bias = "some".to_owned();
+    refused(&bias, ["bias", "lora_only"]);
+    let no_bias = |adapter: &mut PeftAdapter| adapter.config.lora_bias = false;
+    refused(&no_bias, ["lora_bias", "layers.0.self_attn.q_proj"]);
+    for end in [".lora_A.weight", ".lora_magnitude_vector"] {
+        let name = format!("base_model.model.x{end}");
+        let other = |adapter: &mut PeftAdapter| {
+            _ = adapter.others.insert(name.clone(), floats(&[2, 2], 1));
+        };
+        refused(&other, [&name, "adapted layer"]);
+    }
+}
+
+#[test]
+fn a_bias_of_b_is_where_the_configuration_and_the_layer_have_it() {
+    let mut pair = linear(4, 6, 5, 2.0, 1);
+    pair.bias = Some(floats(&[5], 9));
+    let adapter = PeftAdapter::of_pairs([("layer".to_owned(), pair)].into());
+    assert!(adapter.config.lora_bias);
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    adapter.write(folder.path()).expect("a sound adapter");
+    let path = folder.path().join("adapter_config.json");
+    let mut config = adapter.config.clone();
+    config.lora_bias = false;
+    fs::write(&path, config.to_json()).expect("a file");
+    assert_damaged!(PeftAdapter::read(folder.path()), "`layer`", "lora_bias");
+    let store = ParameterStore::new(&Device::cpu());
+    let error = adapter.load_into(&store).expect_err("no place for a bias");
+    assert!(error.to_string().contains("lora_bias = layer"), "{error}");
+    assert!(store.names().is_empty());
 }
 
 /// An adapter's folder with one of its tensors changed.

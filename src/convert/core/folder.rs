@@ -49,7 +49,7 @@ pub fn write_comol(
         options: json!({ "kind": "comol" }),
         source: json!({}),
     };
-    let stage = Stage::open_without_restart(out, inputs, &fingerprint, overwrite)?;
+    let mut stage = Stage::open_without_restart(out, inputs, &fingerprint, overwrite)?;
     stage.empty()?;
     adapter.write(stage.folder())?;
     stage.publish(&json_of(out.join(REPORT), report)?)

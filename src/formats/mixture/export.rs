@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::formats::mixture::adapter::MixtureAdapter;
 use crate::formats::mixture::layer::{MixtureLayer, Part};
 use crate::formats::peft::{LoraPair, PeftAdapter, Target};
-use crate::layers::{AdapterScale, GateInput};
+use crate::layers::GateInput;
 use crate::tensor::Tensor;
 
 impl MixtureAdapter {
@@ -95,17 +95,12 @@ impl MixtureAdapter {
             let [a, b] = matrices(path, layer)?;
             let gate = layer.routing().map_or(1.0, |routing| routing.scale);
             let options = layer.options();
-            let rank = options.rank as f64;
-            let divisor = match options.scale {
-                AdapterScale::Standard => rank,
-                AdapterScale::RankStabilized => rank.sqrt(),
-            };
             let pair = LoraPair {
                 target: Target::Linear,
                 a,
                 b,
                 bias: None,
-                scale: f64::from(options.alpha) / divisor * f64::from(gate),
+                scale: f64::from(options.alpha) / options.divisor() * f64::from(gate),
             };
             pairs.insert(path.clone(), pair);
         }

@@ -12,7 +12,7 @@ use crate::formats::mixture::adapter::{MixtureAdapter, check_path};
 use crate::formats::mixture::moe_peft_config::MoePeftConfig;
 use crate::formats::mixture::read::read_tensors;
 use crate::formats::peft::{Parts, PeftAdapter, Target, factor, folder, pair, without_effect};
-use crate::layers::{AdapterScale, Linear, MoeLora, Routing};
+use crate::layers::{Linear, MoeLora, Routing};
 use crate::ops::BalanceForm;
 
 /// What stands between a linear layer's path and an expert's number.
@@ -118,12 +118,7 @@ impl MoePeftAdapter {
             let (options, scale) = (layer.options(), layer.routing().map_or(1.0, |r| r.scale));
             // Unless someone has changed the layer since it was read.
             if options.alpha == self.expert_alpha as f32 {
-                let rank = options.rank as f64;
-                let divisor = match options.scale {
-                    AdapterScale::Standard => rank,
-                    AdapterScale::RankStabilized => rank.sqrt(),
-                };
-                pair.scale = self.expert_alpha / divisor * f64::from(scale);
+                pair.scale = self.expert_alpha / options.divisor() * f64::from(scale);
             }
         }
         pairs.extend(self.plain.pairs.clone());

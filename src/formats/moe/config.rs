@@ -141,9 +141,14 @@ impl MoeConfig {
                 "`n_shared_experts` = {wanted}, and `{path}` has no `shared_experts`"
             )));
         }
-        if self.model_type() == "qwen2_moe" && shared.is_some_and(|shared| !shared.sigmoid_gate) {
+        if self.model_type() == "qwen2_moe" {
+            let missing = match shared {
+                None => "shared_expert.up_proj.weight",
+                Some(shared) if !shared.sigmoid_gate => "shared_expert_gate.weight",
+                Some(_) => return Ok(()),
+            };
             return Err(self.wrong(format!(
-                "a \"qwen2_moe\" has a gate for its shared expert, and `{path}` has no `shared_expert_gate.weight`"
+                "a \"qwen2_moe\" has a shared expert and a gate for it, and `{path}` has no `{missing}`"
             )));
         }
         Ok(())

@@ -24,6 +24,9 @@ const KEYS: [&str; 5] = [
     "moe_layer_freq",
 ];
 
+/// The largest number of layers that is believed: beyond it a file is damaged.
+const MOST_LAYERS: usize = 1 << 16;
+
 /// The rule that leaves some layers dense.
 struct Rule {
     /// `sparse` or `dense` for each layer: with it the other keys mean nothing.
@@ -86,8 +89,13 @@ impl MoeConfig {
         let Some(layers) = self.typed::<usize>("num_hidden_layers")? else {
             return Ok(());
         };
-        if found.is_empty() || !FAMILIES.contains(&self.model_type()) {
+        if !FAMILIES.contains(&self.model_type()) {
             return Ok(());
+        }
+        if layers > MOST_LAYERS {
+            return Err(self.wrong(format!(
+                "`num_hidden_layers` = {layers}: at most {MOST_LAYERS} are believed"
+            )));
         }
         let rule = Rule::of(self)?;
         let found: BTreeSet<usize> = found

@@ -80,6 +80,9 @@ const PARTS: [(&str, Target, Part); 5] = [
     (".lora_embedding_B", Target::Embedding, Part::B),
 ];
 
+/// What DoRA's tensors have in their names.
+const MAGNITUDE: &str = ".lora_magnitude_vector";
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Part {
     A,
@@ -105,6 +108,7 @@ impl PeftAdapter {
             config.rank = pair.rank();
             config.alpha = pair.alpha();
         }
+        config.lora_bias = pairs.values().any(|pair| pair.bias.is_some());
         // A pattern is for the ends of names: the longest first, so that none is for a layer that has its own.
         let mut layers: Vec<(&String, &LoraPair)> = pairs.iter().collect();
         layers.sort_by_key(|(layer, _)| std::cmp::Reverse(layer.len()));
@@ -145,7 +149,7 @@ impl PeftAdapter {
         let mut parts: BTreeMap<String, Parts> = BTreeMap::new();
         let mut others = BTreeMap::new();
         for (name, _) in checkpoint.tensors() {
-            if name.contains(".lora_magnitude_vector") {
+            if name.contains(MAGNITUDE) {
                 let reason = "the adapter is DoRA, which this release does not compute";
                 return Err(checkpoint.wrong(name, reason));
             }
@@ -193,11 +197,13 @@ impl PeftAdapter {
     /// configuration: if the writer is killed then, it is not read as an adapter, and is to be written again.
     ///
     /// # Errors
-    /// [`Error::File`] if it cannot be written; [`Error::Setting`] if the configuration gives a pair another rank or scale than it has (PEFT
-    /// would compute something else), or the matrices of a pair do not fit together; [`Error::TypeMismatch`] if one is of integers,
-    /// [`Error::NotFinite`] if an element is not finite in 32 bits.
+    /// [`Error::File`] if it cannot be written; [`Error::Setting`] if the configuration gives a pair another rank or scale than it has, or no bias where it has one
+    /// (PEFT would compute something else), the matrices of a pair do not fit together, or the configuration or a name would be read otherwise or not at
+    /// all; [`Error::TypeMismatch`] if a matrix is of integers, [`Error::NotFinite`] if an element is not finite in 32 bits.
     pub fn write(&self, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
+        let config = self.config.to_json();
+        self.check_readable(&config)?;
         for (layer, pair) in &self.pairs {
             let (rank, scale) = (self.config.rank_of(layer)?, self.config.scale_of(layer)?);
             // Adapters of fused experts hold the ranks of all experts in one matrix.
@@ -251,15 +257,41 @@ impl PeftAdapter {
             tensors.push(finite(name.clone(), tensor)?);
         }
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        folder::write(folder, &tensors, metadata, &self.config.to_json())
+        folder::write(folder, &tensors, metadata, &config)
+    }
+
+    /// What is written must be read as it was.
+    fn check_readable(&self, config: &str) -> Result<()> {
+        let odd = |reason: String| Error::setting("adapter_config.json", "this adapter's", reason);
+        let object = serde_json::from_str(config).map_err(|error| odd(error.to_string()))?;
+        if LoraConfig::of(object).map_err(odd)? != self.config {
+            return Err(odd("it would be read as another one".to_owned()));
+        }
+        for name in self.others.keys() {
+            if name.contains(MAGNITUDE) || PARTS.iter().any(|(end, ..)| name.ends_with(end)) {
+                let reason = "a tensor of this name is read as part of an adapted layer";
+                return Err(Error::setting("others", name, reason));
+            }
+        }
+        for (layer, pair) in &self.pairs {
+            if pair.bias.is_some() && !self.config.lora_bias {
+                let reason = format!("the pair of `{layer}` has a bias");
+                return Err(Error::setting("lora_bias", false, reason));
+            }
+        }
+        Ok(())
     }
 
     /// Puts the pairs of all linear layers into a store as `LAYER.lora_a` and `LAYER.lora_b`, the names that [`Lora`](crate::layers::Lora)
     /// has for a layer of that path.
     ///
     /// # Errors
-    /// [`Error::TypeMismatch`] if the store has another shape under such a name, [`Error::OutOfMemory`] if the device is full.
+    /// [`Error::Setting`] if a pair has a bias, which that layer has no place for; [`Error::TypeMismatch`] if the store has another shape under such a name, [`Error::OutOfMemory`] if the device is full.
     pub fn load_into(&self, store: &ParameterStore) -> Result<()> {
+        if let Some((layer, _)) = self.pairs.iter().find(|(_, pair)| pair.bias.is_some()) {
+            let reason = "its B has a bias, which no LoRA layer here has";
+            return Err(Error::setting("lora_bias", layer, reason));
+        }
         for (layer, pair) in &self.pairs {
             if pair.target == Target::Linear {
                 store.insert(&format!("{layer}.lora_a"), &pair.a)?;
@@ -371,6 +403,11 @@ pub(crate) fn pair(
     };
     if let Err(reason) = fit(&a, &b, bias.as_ref()) {
         return wrong(format!("`{layer}`: {reason}"));
+    }
+    if bias.is_some() && !config.lora_bias {
+        return wrong(format!(
+            "`{layer}`: lora_B has a bias, the configuration says lora_bias false"
+        ));
     }
     let rank = b.shape().last();
     // Adapters of fused experts hold the ranks of all experts in one matrix.

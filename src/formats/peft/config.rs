@@ -302,7 +302,7 @@ fn pattern<T>(
 pub(crate) fn check_base(object: &Map<String, Value>) -> Result<(), String> {
     if let Some(kind) = object.get("init_lora_weights").and_then(Value::as_str) {
         let kind = kind.to_ascii_lowercase();
-        let changes = ["pissa", "olora", "corda", "loftq"];
+        let changes = ["pissa", "olora", "corda", "loftq", "lora_ga"];
         if let Some(name) = changes.iter().find(|name| kind.starts_with(*name)) {
             return Err(format!(
                 "init_lora_weights is {kind:?}: a {name} adapter is valid only on the base that its initialisation has changed, not on the \

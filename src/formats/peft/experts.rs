@@ -27,11 +27,25 @@ pub struct FusedExperts {
 
 impl FusedExperts {
     /// Takes a pair apart, for a model whose fused tensor is `[experts, middle, last]`. If both widths are equal the file does not say how it
-    /// lies: then it is as PEFT's newer releases write it, A reading the last.
+    /// lies: then A is taken to read the last. Newer releases of PEFT write it so for most models, and the other way for those whose experts lie transposed; a caller who knows
+    /// takes [`FusedExperts::of_oriented_pair`].
     ///
     /// # Errors
     /// [`Error::Shape`] if the pair does not fit the fused tensor.
-    pub fn of_pair(pair: &LoraPair, [experts, middle, last]: [usize; 3]) -> Result<Self> {
+    pub fn of_pair(pair: &LoraPair, extents: [usize; 3]) -> Result<Self> {
+        let last = Self::of_oriented_pair(pair, extents, ExpertOrientation::LastIsInput);
+        last.or_else(|_| Self::of_oriented_pair(pair, extents, ExpertOrientation::MiddleIsInput))
+    }
+
+    /// The same where it is known which width A reads.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the pair does not fit the fused tensor so.
+    pub fn of_oriented_pair(
+        pair: &LoraPair,
+        [experts, middle, last]: [usize; 3],
+        orientation: ExpertOrientation,
+    ) -> Result<Self> {
         let (a, b) = (pair.a.shape().dims(), pair.b.shape().dims());
         let misfit = || {
             Error::shape(
@@ -44,14 +58,11 @@ impl FusedExperts {
         let (&[ranks, d_in], &[d_out, _]) = (a, b) else {
             return Err(misfit());
         };
-        let orientation = if (d_in, d_out) == (last, middle) {
-            ExpertOrientation::LastIsInput
-        } else if (d_in, d_out) == (middle, last) {
-            ExpertOrientation::MiddleIsInput
-        } else {
-            return Err(misfit());
+        let widths = match orientation {
+            ExpertOrientation::LastIsInput => [last, middle],
+            ExpertOrientation::MiddleIsInput => [middle, last],
         };
-        if experts == 0 || !ranks.is_multiple_of(experts) {
+        if [d_in, d_out] != widths || experts == 0 || !ranks.is_multiple_of(experts) {
             return Err(misfit());
         }
         let rank = ranks / experts;

@@ -65,14 +65,27 @@ pub(crate) fn open<C>(
 
 fn open_config(folder: &Path, path: &Path) -> Result<fs::File> {
     match fs::File::open(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound && folder.join(ADAPTER).exists() => {
+        Err(error)
+            if error.kind() == ErrorKind::NotFound
+                && (folder.join(ADAPTER).exists() || !staged(folder).is_empty()) =>
+        {
             let mut reason = format!(
-                "is missing beside {ADAPTER}: it was not copied, or writing the adapter was cut short; write or copy it again"
+                "is missing: it was not copied, or writing the adapter was cut short; write or copy it again"
             );
-            if let Some(staged) = staged(folder) {
-                reason += &format!(
-                    ". {staged} has what the writer had not put into place yet, and the configuration from before as {PREVIOUS}"
-                );
+            match staged(folder).as_slice() {
+                [] => {}
+                [staged] => {
+                    reason += &format!(". {staged} has what the writer had not put into place yet");
+                    if folder.join(staged).join(PREVIOUS).exists() {
+                        reason += &format!(", and the configuration from before as {PREVIOUS}");
+                    }
+                }
+                several => {
+                    reason += &format!(
+                        ". Several writers were cut short ({}): which tensors are in place cannot be told from outside, so write the adapter again and remove these",
+                        several.join(", ")
+                    );
+                }
             }
             Err(file::damaged(path)(reason))
         }
@@ -94,11 +107,15 @@ fn is_same(_: &fs::File, text: &str, now: &fs::File) -> io::Result<bool> {
     Ok(io::read_to_string(now)? == text)
 }
 
-/// The name of a folder that a writer has left.
-fn staged(folder: &Path) -> Option<String> {
-    let entries = fs::read_dir(folder).ok()?;
+/// The names of folders that writers have left.
+fn staged(folder: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return Vec::new();
+    };
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    names.filter(|name| name.starts_with(STAGED)).min()
+    let mut names: Vec<String> = names.filter(|name| name.starts_with(STAGED)).collect();
+    names.sort();
+    names
 }
 
 /// Opens the tensors of an adapter's folder.
@@ -132,7 +149,7 @@ pub(crate) fn write(
     let written = checkpoint::write(&staged.join(ADAPTER), tensors, metadata)
         .and_then(|()| file::replace(&staged.join(CONFIG), config.as_bytes()))
         .and_then(|()| exchange(folder, &staged));
-    if written.is_ok() || folder.join(CONFIG).exists() || !folder.join(ADAPTER).exists() {
+    if written.is_ok() || folder.join(CONFIG).exists() || !staged.join(PREVIOUS).exists() {
         // Nobody needs what is left. File by file: nothing goes with it that is not known here.
         for name in [ADAPTER, CONFIG, PREVIOUS] {
             _ = fs::remove_file(staged.join(name));
@@ -164,9 +181,10 @@ fn exchange(folder: &Path, staged: &Path) -> Result<()> {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             return Err(file::failed(&config)(error));
         }
-        _ => file::sync_folder(folder).map_err(file::failed(folder))?,
+        _ => {}
     }
-    if let Err(source) = fs::rename(staged.join(ADAPTER), &tensors) {
+    let moved = file::sync_folder(folder).and_then(|()| fs::rename(staged.join(ADAPTER), &tensors));
+    if let Err(source) = moved {
         // The old tensors are there: with the old configuration nothing has happened.
         _ = fs::rename(&previous, &config);
         return Err(file::failed(&tensors)(source));

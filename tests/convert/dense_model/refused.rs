@@ -173,6 +173,25 @@ fn a_number_that_is_not_finite_is_named_with_its_tensor_and_file() {
     }
 }
 
+#[test]
+fn outputs_beyond_32_bits_are_said_of_their_layer() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut named = tensors_of(2);
+    let place = at(&named, "model.layers.1.mlp.down_proj.weight");
+    let huge = Tensor::f32([HIDDEN, NEURONS], vec![3e38; HIDDEN * NEURONS]);
+    named[place].1 = huge.expect("the shape fits");
+    let source = folder.path().join("in");
+    write_nonfinite(&source, &named);
+    let out = folder.path().join("out");
+    let options = options(MoeLayout::Mixtral);
+    let error = convert_dense_model(&source, &out, &options, &|_| {}).expect_err("an infinity");
+    let message = error.to_string();
+    assert!(
+        message.contains("layer 1: ") && message.contains("32 bits"),
+        "{message}"
+    );
+}
+
 /// As [`write_model`], with numbers that [`OutputTensor`] refuses.
 fn write_nonfinite(folder: &Path, named: &[(String, Tensor)]) {
     write_model(folder, &tensors_of(2), Dtype::F32, &config());

@@ -378,6 +378,13 @@ fn what_a_family_has_must_be_there() {
         );
     }
 
+    let mut model = Family::Qwen2.model(1, Dtype::F32);
+    model
+        .tensors
+        .retain(|tensor| !tensor.name.contains("shared_expert"));
+    let error = load(&model).expect_err("this must be refused");
+    assert!(error.to_string().contains("has a shared expert"), "{error}");
+
     let with = |key: &str, value: serde_json::Value| {
         let mut model = Family::Mixtral.model(1, Dtype::F32);
         model.config[key] = value;

@@ -58,3 +58,19 @@ fn links_to_files_are_followed_and_links_to_folders_are_not() -> Result<()> {
     assert_eq!(document["source"]["files"][0]["name"], "model.safetensors");
     Ok(())
 }
+
+#[test]
+fn a_link_to_nothing_is_no_name_for_an_output() {
+    let folder = tempfile::tempdir().expect("a folder of its own");
+    let at = |name: &str| folder.path().join(name);
+    Family::Olmoe.model(1, Dtype::F32).write(&at("in"), 1);
+    symlink(at("absent"), at("out")).expect("a link");
+    let mut options = ModelOptions::new(LatentOptions::new(2, 5));
+    for overwrite in [false, true] {
+        options.overwrite = overwrite;
+        let error = convert_model(&at("in"), &at("out"), &options, &|_| {});
+        let error = error.expect_err("a link to nothing").to_string();
+        assert!(error.contains("out: ") && error.contains("link"), "{error}");
+    }
+    assert_eq!(fs::read_dir(folder.path()).expect("a folder").count(), 2);
+}

@@ -89,6 +89,12 @@ fn every_key_that_leaves_layers_dense_is_followed() -> Result<()> {
     // Layers that predict further tokens are behind the last one.
     let keys = json!({"num_hidden_layers": 3, "first_k_dense_replace": 1});
     assert_eq!(opened(Family::DeepSeekV3, &keys, &[])?.layers().len(), 3);
+    let keys =
+        json!({"num_hidden_layers": 1_000_000_000_000_000_000_u64, "mlp_layer_types": ["sparse"]});
+    refused(Family::Qwen3, &keys, &[], &["`num_hidden_layers`", "65536"]);
+    // No mixture at all.
+    let keys = json!({"num_hidden_layers": 4, "mlp_only_layers": [0]});
+    refused(Family::Qwen3, &keys, &[1, 2, 3], &["layer 1 of 4"]);
     let keys = json!({"num_hidden_layers": 4, "decoder_sparse_step": 0});
     refused(Family::Qwen3, &keys, &[], &["`decoder_sparse_step` = 0"]);
     Ok(())

@@ -5,10 +5,10 @@ use std::process::ExitCode;
 
 use clap::ValueEnum;
 use rankmix::Result;
-use rankmix::convert::{DenseLayerReport, DenseModelOptions, Progress, convert_dense_model};
+use rankmix::convert::{DenseLayerReport, DenseModelOptions, convert_dense_model};
 use rankmix::formats::MoeLayout;
 
-use crate::convert::bar;
+use crate::convert::{FILES, bar, files_on, warn_not_copied};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Layout {
@@ -51,15 +51,8 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
-    let bar = bar("{bar:40} {pos}/{len} files, {elapsed} [{eta}]", 0);
-    let listener = |progress: Progress<'_>| match progress {
-        Progress::Notice(text) => bar.suspend(|| eprintln!("rankmix: {text}")),
-        Progress::Written { finished, of } => {
-            bar.set_length(of as u64);
-            bar.set_position(finished as u64);
-        }
-        Progress::Layer { .. } => {}
-    };
+    let bar = bar(FILES, 0);
+    let listener = files_on(&bar);
     let conversion = DenseModelOptions {
         experts: options.experts,
         top_k: options.top_k,
@@ -78,12 +71,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     for warning in &report.warnings {
         eprintln!("rankmix: warning: {warning}");
     }
-    if !report.not_copied.is_empty() {
-        eprintln!(
-            "rankmix: warning: not copied: {}",
-            report.not_copied.join(", ")
-        );
-    }
+    warn_not_copied(&report.not_copied);
     print(&report.layers);
     println!("written to {}", options.out_dir.display());
     Ok(ExitCode::SUCCESS)

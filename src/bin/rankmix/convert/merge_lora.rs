@@ -7,7 +7,7 @@ use rankmix::Result;
 use rankmix::convert::{MergeOptions, merge_lora};
 use rankmix::formats::Dtype;
 
-use crate::convert::{Written, bar};
+use crate::convert::{FILES, Written, bar, files_on, warn_not_copied};
 
 /// A change of which more than this part is lost by rounding is worth a warning.
 const MUCH: f64 = 0.1;
@@ -24,7 +24,7 @@ pub(crate) struct Options {
     /// Subtract what merging adds: MODEL_DIR is a merged model then. What was lost by rounding does not come back.
     #[arg(long)]
     unmerge: bool,
-    /// What the tensors that change are written in [default: what each is in]
+    /// What the tensors that change are written in; with f32 the dtype in config.json is changed too [default: what each is in; f64 becomes f32]
     #[arg(long, value_enum, value_name = "D")]
     dtype: Option<Written>,
     /// Replace OUT_DIR if it is an output of a conversion. The old one stays until the new one is whole.
@@ -36,11 +36,8 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
-    let bar = bar("{elapsed_precise} {wide_bar} {pos}/{len} files", 0);
-    let progress = |done: usize, of: usize| {
-        bar.set_length(of as u64);
-        bar.set_position(done as u64);
-    };
+    let bar = bar(FILES, 0);
+    let listener = files_on(&bar);
     let merge = MergeOptions {
         unmerge: options.unmerge,
         dtype: options.dtype.map(Dtype::from),
@@ -48,7 +45,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         restart: options.restart,
     };
     let (model, lora, out) = (&options.model_dir, &options.lora_dir, &options.out_dir);
-    let report = merge_lora(model, lora, out, &merge, &progress);
+    let report = merge_lora(model, lora, out, &merge, &listener);
     bar.finish_and_clear();
     let report = report?;
     let tensors = &report.tensors;
@@ -74,8 +71,6 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             100.0 * worst.rounding
         );
     }
-    for name in &report.not_copied {
-        eprintln!("rankmix: warning: not copied, it holds the weights without the adapter: {name}");
-    }
+    warn_not_copied(&report.not_copied);
     Ok(ExitCode::SUCCESS)
 }

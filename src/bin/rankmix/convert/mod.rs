@@ -12,10 +12,36 @@ use std::process::ExitCode;
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use rankmix::Result;
+use rankmix::convert::Progress;
 use rankmix::formats::Dtype;
 
 /// What the bar of a conversion of adapters looks like.
 const LAYERS: &str = "{elapsed_precise} {wide_bar} {pos}/{len} layers";
+
+/// What the bar of a conversion of models looks like.
+const FILES: &str = "{bar:40} {pos}/{len} files, {elapsed} [{eta}]";
+
+/// Shows on a bar how many files are written, and above it what is said.
+fn files_on(bar: &ProgressBar) -> impl Fn(Progress<'_>) + Sync + '_ {
+    |progress| match progress {
+        Progress::Notice(text) => bar.suspend(|| eprintln!("rankmix: {text}")),
+        Progress::Written { finished, of } => {
+            bar.set_length(of as u64);
+            bar.set_position(finished as u64);
+        }
+        Progress::Layer { .. } => {}
+    }
+}
+
+/// Says what of a model's folder was not copied.
+fn warn_not_copied(names: &[String]) {
+    if !names.is_empty() {
+        eprintln!(
+            "rankmix: warning: not copied (other weights are of the model as it was, links to folders are not followed): {}",
+            names.join(", ")
+        );
+    }
+}
 
 /// A bar on stderr, if that is a terminal.
 fn bar(template: &str, length: usize) -> ProgressBar {
