@@ -363,7 +363,7 @@ pub fn merge_lora(
     let lora = PeftAdapter::read(adapter)?;
     check_not_tied(&checkpoint, &lora, &keys)?;
     let changes = Changes::of(&checkpoint, &lora, options.unmerge)?;
-    let of_model = || identity(&Checkpoint::open(model)?, &[config.clone()]);
+    let of_model = || identity(&Checkpoint::open(model)?, std::slice::from_ref(&config));
     let fingerprint = Fingerprint {
         options: json!({
             "unmerge": options.unmerge, "dtype": options.dtype.map(|dtype| format!("{dtype:?}")),

@@ -69,9 +69,7 @@ fn open_config(folder: &Path, path: &Path) -> Result<fs::File> {
             if error.kind() == ErrorKind::NotFound
                 && (folder.join(ADAPTER).exists() || !staged(folder).is_empty()) =>
         {
-            let mut reason = format!(
-                "is missing: it was not copied, or writing the adapter was cut short; write or copy it again"
-            );
+            let mut reason = "is missing: it was not copied, or writing the adapter was cut short; write or copy it again".to_owned();
             match staged(folder).as_slice() {
                 [] => {}
                 [staged] => {
