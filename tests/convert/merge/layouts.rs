@@ -1,0 +1,97 @@
+//! Weights that lie transposed, and experts whose widths do not say how they lie.
+
+use rankmix::convert::MergeOptions;
+use rankmix::formats::{
+    Checkpoint, Dtype, ExpertOrientation, FusedExperts, LoraPair, PeftAdapter, Target,
+};
+use rankmix::{Result, Tensor};
+use serde_json::json;
+
+use super::{assert_close, floats, merge, merged_alone, pair, sum, write_model};
+
+#[test]
+fn weights_that_lie_transposed_are_changed_by_the_transpose() -> Result<()> {
+    let mut lora =
+        PeftAdapter::of_pairs([("a".to_owned(), pair(Target::Linear, [6, 2, 8], 1))].into());
+    lora.config.fan_in_fan_out = true;
+    let options = MergeOptions::default();
+    let [before, after] = merged_alone("a.weight", &[8, 6], &lora, &options)?;
+    let pair = &lora.pairs["a"];
+    assert_close("a", &after, &sum(&before, &pair.a, &pair.b, true), 1e-6);
+    let error = merged_alone("a.weight", &[6, 8], &lora, &options).expect_err("it is transposed");
+    assert!(error.to_string().contains("[8, 6]"), "{error}");
+    Ok(())
+}
+
+/// Experts of equal widths, alone and beside a tensor whose widths differ.
+#[test]
+fn which_width_experts_read_is_never_guessed() -> Result<()> {
+    for orientation in [
+        ExpertOrientation::LastIsInput,
+        ExpertOrientation::MiddleIsInput,
+    ] {
+        let transposed = orientation == ExpertOrientation::MiddleIsInput;
+        let of = |d_out, d_in, seed: usize| FusedExperts {
+            experts: (0..3)
+                .map(|e| {
+                    (
+                        floats(&[2, d_in], seed + e),
+                        floats(&[d_out, 2], seed + 9 + e),
+                    )
+                })
+                .collect(),
+            orientation,
+            scale: 2.0,
+        };
+        let (both, down) = (of(16, 8, 1), of(8, 8, 30));
+        let mut pairs = vec![("m.experts".to_owned(), down.to_pair()?)];
+        let adapter = |pairs: &[(String, LoraPair)]| {
+            let mut lora = PeftAdapter::of_pairs(pairs.iter().cloned().collect());
+            (lora.config.rank, lora.config.alpha) = (2, 4.0);
+            lora.config.rank_pattern.clear();
+            lora.config.alpha_pattern.clear();
+            let parameters = json!(["experts.gate_up_proj", "experts.down_proj"]);
+            let others = &mut lora.config.others;
+            others.insert("target_parameters".to_owned(), parameters);
+            lora
+        };
+        let options = MergeOptions::default();
+        let alone = merged_alone(
+            "m.experts.down_proj",
+            &[3, 8, 8],
+            &adapter(&pairs),
+            &options,
+        );
+        let error = alone.expect_err("two equal widths").to_string();
+        assert!(
+            error.contains("`m.experts.down_proj`") && error.contains("equal widths"),
+            "{error}"
+        );
+
+        pairs.push(("m.experts.base_layer".to_owned(), both.to_pair()?));
+        let folder = tempfile::tempdir().expect("a folder of its own");
+        let folder = folder.path();
+        let wide = if transposed { [3, 8, 16] } else { [3, 16, 8] };
+        let tensors = [("gate_up_proj", wide), ("down_proj", [3, 8, 8])];
+        let tensors =
+            tensors.map(|(name, shape)| (format!("m.experts.{name}"), shape.to_vec(), Dtype::F32));
+        write_model(&folder.join("model"), &tensors, &json!({}));
+        adapter(&pairs).write(folder.join("lora"))?;
+        merge(folder, &options)?;
+        let (before, after) = (
+            Checkpoint::open(folder.join("model"))?,
+            Checkpoint::open(folder.join("out"))?,
+        );
+        for ((name, shape, _), fused) in tensors.iter().zip([&both, &down]) {
+            let each = shape[1] * shape[2];
+            let (old, new) = (before.tensor(name)?.to_f32(), after.tensor(name)?.to_f32());
+            for (expert, (a, b)) in fused.experts.iter().enumerate() {
+                let of = |all: &[f32]| {
+                    Tensor::f32([shape[1], shape[2]], all[expert * each..][..each].to_vec())
+                };
+                assert_close(name, &of(&new)?, &sum(&of(&old)?, a, b, transposed), 1e-6);
+            }
+        }
+    }
+    Ok(())
+}
