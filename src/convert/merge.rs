@@ -15,7 +15,8 @@ use crate::convert::{Listener, Progress};
 use crate::error::{Error, Result};
 use crate::file;
 use crate::formats::{
-    Checkpoint, FusedExperts, LoraPair, ModelWriter, OutputTensor, PeftAdapter, Target, write_json,
+    Checkpoint, ExpertOrientation, FusedExperts, LoraPair, ModelWriter, OutputTensor, PeftAdapter,
+    Target, write_json,
 };
 use crate::tensor::Tensor;
 
@@ -70,8 +71,8 @@ struct Change<'a> {
 enum Added<'a> {
     /// To a weight, or to a table of embeddings.
     Pair(&'a LoraPair),
-    /// To the weights of experts in one tensor.
-    Experts(FusedExperts),
+    /// To the weights of experts in one tensor, which is taken apart when it is its turn.
+    Experts(&'a LoraPair, ExpertOrientation),
     /// The bias of B, times the scale, to that of the layer.
     Bias { bias: &'a Tensor, scale: f64 },
 }
@@ -84,8 +85,17 @@ impl Change<'_> {
             None => Ok(tensor.clone()),
             Some(Added::Pair(pair)) if unmerge => pair.unmerge(tensor, fan_in_fan_out),
             Some(Added::Pair(pair)) => pair.merge(tensor, fan_in_fan_out),
-            Some(Added::Experts(experts)) if unmerge => experts.unmerge(tensor),
-            Some(Added::Experts(experts)) => experts.merge(tensor),
+            Some(Added::Experts(pair, orientation)) => {
+                let extents = <[usize; 3]>::try_from(tensor.shape().dims());
+                let extents =
+                    extents.map_err(|_| Error::shape("merge", "experts have 3 extents"))?;
+                let experts = FusedExperts::of_oriented_pair(pair, extents, *orientation)?;
+                if unmerge {
+                    experts.unmerge(tensor)
+                } else {
+                    experts.merge(tensor)
+                }
+            }
             Some(Added::Bias { bias, scale }) => {
                 let factor = if unmerge { -scale } else { *scale } as f32;
                 let pairs = tensor.to_f32().into_iter().zip(bias.to_f32());
@@ -117,11 +127,14 @@ impl Fused<'_> {
     }
 }
 
-/// The name that a tensor of an adapter has in the model: PEFT wraps modules that it adapts or trains whole.
+/// What PEFT puts into the names of modules that it adapts, or trains whole, as often as it does.
+const WRAPPERS: [&str; 2] = ["base_layer", "modules_to_save"];
+
+/// The name that a tensor of an adapter has in the model.
 fn name_in_model(key: &str) -> String {
     let name = key.strip_prefix(PREFIX).unwrap_or(key);
-    name.replace(".base_layer.", ".")
-        .replace(".modules_to_save.", ".")
+    let parts = name.split('.').filter(|part| !WRAPPERS.contains(part));
+    parts.collect::<Vec<_>>().join(".")
 }
 
 impl<'a> Changes<'a> {
@@ -169,9 +182,17 @@ impl<'a> Changes<'a> {
                 } else {
                     [d_out, d_in]
                 };
+                let rank = adapter.config.rank_of(path)?;
+                if pair.rank() != rank {
+                    let reason = format!(
+                        "it has rank {}, and the configuration says {rank}",
+                        pair.rank()
+                    );
+                    return Err(Error::setting("adapter", path, reason));
+                }
                 changes.add(&weight, Some(&shape), Added::Pair(pair))?;
             } else if adapter.config.has_fused_experts() {
-                fused.push(changes.fused(path, pair)?);
+                fused.push(changes.fused(path, pair, adapter.config.rank_of(path)?)?);
             } else {
                 return Err(missing(&weight, path));
             }
@@ -217,14 +238,17 @@ impl<'a> Changes<'a> {
     }
 
     /// Finds the tensor of experts that a pair is for. PEFT names a pair by the module, and where two tensors of one module are adapted, the inner pair
-    /// with `base_layer` behind it; the widths say which is which.
-    fn fused(&self, path: &str, pair: &'a LoraPair) -> Result<Fused<'a>> {
+    /// with `base_layer` behind it; the widths say which is which. A pair holds `rank` of each expert.
+    fn fused(&self, path: &str, pair: &'a LoraPair, rank: usize) -> Result<Fused<'a>> {
         let module = format!("{}.", path.split(".base_layer").next().unwrap_or(path));
         let fitting = self.model.names_from(&module).filter_map(|name| {
             let entry = self.model.entry(name)?;
             let extents = <[usize; 3]>::try_from(entry.shape.as_slice()).ok()?;
             let is_own = !name[module.len()..].contains('.');
-            let fits = is_own && FusedExperts::of_pair(pair, extents).is_ok();
+            let ranks = extents[0].checked_mul(rank);
+            let fits = is_own
+                && ranks == Some(pair.rank())
+                && ExpertOrientation::of(pair, extents).is_some();
             fits.then_some((name, extents))
         });
         match fitting.collect::<Vec<_>>().as_slice() {
@@ -248,20 +272,20 @@ impl<'a> Changes<'a> {
         fused.sort_by_key(Fused::is_square);
         let mut known = BTreeMap::new();
         for of in fused {
-            let experts = if of.is_square() {
-                let Some(orientation) = known.get(&of.module) else {
-                    let reason = format!(
-                        "it is {:?}: which of two equal widths the adapter's A reads depends on the model and on the release of PEFT, and the file does not say it",
-                        of.extents
-                    );
-                    return Err(self.model.wrong(&of.name, &reason));
-                };
-                FusedExperts::of_oriented_pair(of.pair, of.extents, *orientation)?
+            let found = if of.is_square() {
+                known.get(&of.module).copied()
             } else {
-                FusedExperts::of_pair(of.pair, of.extents)?
+                ExpertOrientation::of(of.pair, of.extents)
             };
-            known.insert(of.module, experts.orientation);
-            self.add(&of.name, None, Added::Experts(experts))?;
+            let Some(orientation) = found else {
+                let reason = format!(
+                    "it is {:?}: which of two equal widths the adapter's A reads depends on the model and on the release of PEFT, and the file does not say it",
+                    of.extents
+                );
+                return Err(self.model.wrong(&of.name, &reason));
+            };
+            known.insert(of.module, orientation);
+            self.add(&of.name, None, Added::Experts(of.pair, orientation))?;
         }
         Ok(())
     }
@@ -276,7 +300,8 @@ fn missing(name: &str, path: &str) -> Error {
 }
 
 /// What families call their tables of embeddings and their output layers.
-const TABLES: [&str; 8] = [
+const TABLES: [&str; 9] = [
+    "embeddings",
     "embed_tokens",
     "wte",
     "shared",
@@ -293,11 +318,13 @@ fn check_not_tied(
     adapter: &PeftAdapter,
     keys: &Map<String, Value>,
 ) -> Result<()> {
-    let of_text = keys.get("text_config").and_then(Value::as_object);
-    let said = [Some(keys), of_text]
-        .into_iter()
-        .flatten()
-        .find_map(|keys| keys.get("tie_word_embeddings")?.as_bool());
+    // Models of several parts say it in the part of the text, whatever that is called; the outer key may be a default that nobody goes by.
+    let parts = keys.values().filter_map(Value::as_object);
+    let said: Vec<bool> = std::iter::once(keys)
+        .chain(parts)
+        .filter_map(|keys| keys.get("tie_word_embeddings")?.as_bool())
+        .collect();
+    let said = (!said.is_empty()).then(|| said.contains(&true));
     // Where nothing is said families differ: a language model without the weight of an output layer has none of its own.
     let is_tied = said.unwrap_or_else(|| {
         let kinds = keys.get("architectures").map(Value::to_string);
@@ -343,8 +370,8 @@ fn ratio(part: f64, whole: f64) -> f64 {
 /// tensors that were trained whole replace the model's. Sums are in 32 bits. With [`MergeOptions::dtype`] F32, the `dtype` of config.json says so too, so that
 /// programs do not round again what they load.
 ///
-/// The folder is made as `out.partial` and renamed when it is whole; interrupted, it is made anew. In memory are the changed tensors of one file, of 512 MiB or
-/// one tensor, and 8 bytes for each element of the one that is being changed. `listener` is told how many of how many files are written.
+/// The folder is made as `out.partial` and renamed when it is whole; interrupted, it is made anew. In memory are the adapter in 32 bits, the changed tensors of one file,
+/// of 512 MiB or one tensor, and 8 bytes for each element of the one that is being changed. `listener` is told how many of how many files are written.
 ///
 /// # Errors
 /// [`Error::Setting`] if the adapter is for another model, changes embeddings that the output layer is tied to, or was trained whole in part and is to be taken out;

@@ -362,13 +362,20 @@ pub(crate) fn factor(checkpoint: &Checkpoint, name: &str) -> Result<Tensor> {
 
 /// Whether A, B and the bias of B are a pair; if not, why. One for both ways: what is written is read.
 fn fit(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<(), String> {
-    let (&[rank, _], &[d_out, other]) = (a.shape().dims(), b.shape().dims()) else {
+    let (&[rank, d_in], &[d_out, other]) = (a.shape().dims(), b.shape().dims()) else {
         return Err(format!(
             "lora_A {} and lora_B {} are no matrices; convolutions are not read",
             a.shape(),
             b.shape()
         ));
     };
+    if [rank, d_in, d_out].contains(&0) {
+        return Err(format!(
+            "lora_A {} and lora_B {} hold nothing",
+            a.shape(),
+            b.shape()
+        ));
+    }
     if rank != other {
         return Err(format!(
             "lora_A {} and lora_B {} have different ranks",

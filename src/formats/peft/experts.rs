@@ -13,6 +13,32 @@ pub enum ExpertOrientation {
     MiddleIsInput,
 }
 
+impl ExpertOrientation {
+    /// Which width A of a pair reads by the widths of the fused tensor, `[experts, middle, last]`; the last if both are equal, `None` if the pair does not
+    /// fit either way.
+    #[must_use]
+    pub fn of(pair: &LoraPair, extents: [usize; 3]) -> Option<Self> {
+        [Self::LastIsInput, Self::MiddleIsInput]
+            .into_iter()
+            .find(|orientation| orientation.fits(pair, extents))
+    }
+
+    fn fits(self, pair: &LoraPair, [experts, middle, last]: [usize; 3]) -> bool {
+        let (&[ranks, d_in], &[d_out, columns]) = (pair.a.shape().dims(), pair.b.shape().dims())
+        else {
+            return false;
+        };
+        let widths = match self {
+            Self::LastIsInput => [last, middle],
+            Self::MiddleIsInput => [middle, last],
+        };
+        [d_in, d_out] == widths
+            && ranks == columns
+            && ![experts, middle, last, ranks].contains(&0)
+            && ranks.is_multiple_of(experts)
+    }
+}
+
 /// The matrices of every expert, as one adapter of the fused tensor holds them: in A `[experts * rank, d_in]` expert e has the rows e rank + j, in B `[d_out,
 /// rank * experts]` the columns j experts + e.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,8 +59,12 @@ impl FusedExperts {
     /// # Errors
     /// [`Error::Shape`] if the pair does not fit the fused tensor.
     pub fn of_pair(pair: &LoraPair, extents: [usize; 3]) -> Result<Self> {
-        let last = Self::of_oriented_pair(pair, extents, ExpertOrientation::LastIsInput);
-        last.or_else(|_| Self::of_oriented_pair(pair, extents, ExpertOrientation::MiddleIsInput))
+        let orientation = ExpertOrientation::of(pair, extents);
+        Self::of_oriented_pair(
+            pair,
+            extents,
+            orientation.unwrap_or(ExpertOrientation::LastIsInput),
+        )
     }
 
     /// The same where it is known which width A reads.
@@ -47,24 +77,15 @@ impl FusedExperts {
         orientation: ExpertOrientation,
     ) -> Result<Self> {
         let (a, b) = (pair.a.shape().dims(), pair.b.shape().dims());
-        let misfit = || {
-            Error::shape(
+        if !orientation.fits(pair, [experts, middle, last]) {
+            return Err(Error::shape(
                 "fused experts",
                 format!(
                     "lora_A {a:?} and lora_B {b:?} do not fit the weights [{experts}, {middle}, {last}]"
                 ),
-            )
-        };
-        let (&[ranks, d_in], &[d_out, _]) = (a, b) else {
-            return Err(misfit());
-        };
-        let widths = match orientation {
-            ExpertOrientation::LastIsInput => [last, middle],
-            ExpertOrientation::MiddleIsInput => [middle, last],
-        };
-        if [d_in, d_out] != widths || experts == 0 || !ranks.is_multiple_of(experts) {
-            return Err(misfit());
+            ));
         }
+        let (ranks, d_in, d_out) = (a[0], a[1], b[0]);
         let rank = ranks / experts;
         let (a, b) = (pair.a.to_f32(), pair.b.to_f32());
         let matrices = (0..experts)

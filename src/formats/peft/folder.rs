@@ -73,7 +73,9 @@ fn open_config(folder: &Path, path: &Path) -> Result<fs::File> {
             match staged(folder).as_slice() {
                 [] => {}
                 [staged] => {
-                    reason += &format!(". {staged} has what the writer had not put into place yet");
+                    reason += &format!(
+                        ". {staged} has what a writer had not put into place yet, if none has written here since"
+                    );
                     if folder.join(staged).join(PREVIOUS).exists() {
                         reason += &format!(", and the configuration from before as {PREVIOUS}");
                     }
@@ -147,7 +149,10 @@ pub(crate) fn write(
     let written = checkpoint::write(&staged.join(ADAPTER), tensors, metadata)
         .and_then(|()| file::replace(&staged.join(CONFIG), config.as_bytes()))
         .and_then(|()| exchange(folder, &staged));
-    if written.is_ok() || folder.join(CONFIG).exists() || !staged.join(PREVIOUS).exists() {
+    // Where new tensors are in place and their configuration is not, or an old one is out of its place, that is not to be lost.
+    let has = |name: &str| staged.join(name).exists();
+    let is_between = has(PREVIOUS) || has(CONFIG) && !has(ADAPTER);
+    if written.is_ok() || folder.join(CONFIG).exists() || !is_between {
         // Nobody needs what is left. File by file: nothing goes with it that is not known here.
         for name in [ADAPTER, CONFIG, PREVIOUS] {
             _ = fs::remove_file(staged.join(name));

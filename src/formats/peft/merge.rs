@@ -85,7 +85,7 @@ impl FusedExperts {
             .experts
             .iter()
             .all(|(a, b)| a.shape().last() == d_in && b.shape().dims()[0] == d_out);
-        if experts != self.experts.len() || !fit {
+        if experts != self.experts.len() || !fit || middle == 0 || last == 0 {
             return Err(misfit());
         }
         let mut merged = weights.to_f32();

@@ -95,3 +95,55 @@ fn which_width_experts_read_is_never_guessed() -> Result<()> {
     }
     Ok(())
 }
+
+/// More or fewer experts than the model has, another rank than the configuration says, tensors of nothing.
+#[test]
+fn ranks_are_those_of_the_model_and_the_configuration() -> Result<()> {
+    let experts = |count: usize| FusedExperts {
+        experts: (0..count)
+            .map(|e| (floats(&[2, 5], e), floats(&[8, 2], 9 + e)))
+            .collect(),
+        orientation: ExpertOrientation::LastIsInput,
+        scale: 2.0,
+    };
+    let adapter = |path: &str, pair: LoraPair| {
+        let mut lora = PeftAdapter::of_pairs([(path.to_owned(), pair)].into());
+        (lora.config.rank, lora.config.alpha) = (2, 4.0);
+        let parameters = json!(["experts.down_proj"]);
+        let others = &mut lora.config.others;
+        others.insert("target_parameters".to_owned(), parameters);
+        lora
+    };
+    let options = MergeOptions::default();
+    let name = "m.experts.down_proj";
+    let of = |count| {
+        adapter(
+            "m.experts",
+            experts(count).to_pair().expect("experts alike"),
+        )
+    };
+    merged_alone(name, &[3, 8, 5], &of(3), &options)?;
+    for count in [1, 2, 6] {
+        let error = merged_alone(name, &[3, 8, 5], &of(count), &options);
+        let error = error.expect_err("another number of experts").to_string();
+        assert!(error.contains("another model"), "{count}: {error}");
+    }
+    let wide = adapter("q", pair(Target::Linear, [6, 4, 8], 1));
+    let error = merged_alone("q.weight", &[6, 8], &wide, &options).expect_err("rank 4, not 2");
+    assert!(error.to_string().contains("rank 4"), "{error}");
+    let nothing = FusedExperts {
+        experts: Vec::new(),
+        ..experts(0)
+    };
+    let empty = Tensor::f32([0, 8, 5], Vec::new())?;
+    assert!(nothing.merge(&empty).is_ok_and(|merged| merged == empty));
+    let thin = FusedExperts {
+        experts: vec![(
+            Tensor::f32([2, 5], vec![1.0; 10])?,
+            Tensor::f32([0, 2], Vec::new())?,
+        )],
+        ..experts(0)
+    };
+    assert!(thin.merge(&Tensor::f32([1, 0, 5], Vec::new())?).is_err());
+    Ok(())
+}

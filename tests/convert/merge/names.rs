@@ -28,7 +28,7 @@ fn the_names_that_peft_gives_wrapped_modules_are_those_of_the_model() -> Result<
     let (bias, head) = (floats(&[8], 71), floats(&[11, 8], 72));
     for (key, tensor) in [
         (format!("{TABLE}.base_layer.weight"), &under),
-        (format!("{OUTPUT}.base_layer.bias"), &bias),
+        (format!("{OUTPUT}.base_layer.base_layer.bias"), &bias),
         (format!("{HEAD}.weight"), &head),
         (format!("{HEAD}.modules_to_save.weight"), &head),
         (format!("{HEAD}.original_module.weight"), &under),
@@ -122,6 +122,7 @@ fn embeddings_that_the_output_layer_shares_are_left_alone() -> Result<()> {
     };
     let tied = json!({"tie_word_embeddings": true});
     let nested = json!({"architectures": ["AForConditionalGeneration"], "text_config": {"tie_word_embeddings": true}});
+    let apart = json!({"tie_word_embeddings": false, "llm_config": {"tie_word_embeddings": true}});
     let untied = json!({"architectures": ["AForCausalLM"], "tie_word_embeddings": false});
     let wordless = json!({"architectures": ["GPT2LMHeadModel"]});
     let encoder = json!({"architectures": ["BertModel"]});
@@ -131,6 +132,7 @@ fn embeddings_that_the_output_layer_shares_are_left_alone() -> Result<()> {
         (&tied, table(HEAD), true, true),
         (&tied, table(HEAD), false, true),
         (&nested, pair(TABLE), true, true),
+        (&apart, pair(TABLE), false, true),
         (&wordless, pair("wte"), false, true),
         (&wordless, pair(TABLE), true, false),
         (&untied, pair(TABLE), false, false),
