@@ -15,17 +15,13 @@ use crate::convert::{Listener, Progress};
 use crate::error::{Error, Result};
 use crate::file;
 use crate::formats::{
-    Checkpoint, ExpertOrientation, FusedExperts, LoraPair, ModelWriter, OutputTensor, PeftAdapter,
-    Target, write_json,
+    ADAPTER_CONFIG, Checkpoint, ExpertOrientation, FusedExperts, LoraPair, ModelWriter,
+    OutputTensor, PEFT_PREFIX, PeftAdapter, Target, write_json,
 };
 use crate::tensor::Tensor;
 
 /// The configuration of a model.
 const CONFIG: &str = "config.json";
-/// The configuration of an adapter.
-const ADAPTER_CONFIG: &str = "adapter_config.json";
-/// What PEFT puts before the names of a model's tensors.
-const PREFIX: &str = "base_model.model.";
 
 /// How an adapter is merged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -132,7 +128,7 @@ const WRAPPERS: [&str; 2] = ["base_layer", "modules_to_save"];
 
 /// The name that a tensor of an adapter has in the model.
 fn name_in_model(key: &str) -> String {
-    let name = key.strip_prefix(PREFIX).unwrap_or(key);
+    let name = key.strip_prefix(PEFT_PREFIX).unwrap_or(key);
     let parts = name.split('.').filter(|part| !WRAPPERS.contains(part));
     parts.collect::<Vec<_>>().join(".")
 }
@@ -390,13 +386,13 @@ pub fn merge_lora(
     let lora = PeftAdapter::read(adapter)?;
     check_not_tied(&checkpoint, &lora, &keys)?;
     let changes = Changes::of(&checkpoint, &lora, options.unmerge)?;
-    let of_model = || identity(&Checkpoint::open(model)?, std::slice::from_ref(&config));
+    let of_model = |checkpoint: &Checkpoint| identity(checkpoint, std::slice::from_ref(&config));
     let fingerprint = Fingerprint {
         options: json!({
             "unmerge": options.unmerge, "dtype": options.dtype.map(|dtype| format!("{dtype:?}")),
         }),
         source: json!({
-            "model": of_model()?,
+            "model": of_model(&checkpoint)?,
             "adapter": identity(&Checkpoint::open(adapter)?, &[adapter.join(ADAPTER_CONFIG)])?,
         }),
     };
@@ -445,7 +441,7 @@ pub fn merge_lora(
         not_copied: copy_others(model, stage.folder(), &checkpoint, &written)?,
     };
     // What was read is what was there at the beginning, or the parts do not fit each other.
-    if of_model()? != fingerprint.source["model"] {
+    if of_model(&Checkpoint::open(model)?)? != fingerprint.source["model"] {
         let reason = "its files were changed while the adapter was merged";
         return Err(file::damaged(model)(reason.to_owned()));
     }

@@ -24,6 +24,8 @@ pub use self::moe::{
     MoeExperts, MoeLayer, MoeLayout, MoeModel, NamedMatrix, SharedMatrices,
 };
 pub use self::peft::{ExpertOrientation, FusedExperts, LoraConfig, LoraPair, PeftAdapter, Target};
+#[cfg(feature = "convert")]
+pub(crate) use self::peft::{PREFIX as PEFT_PREFIX, folder::CONFIG as ADAPTER_CONFIG};
 pub use self::safetensors::TensorFile;
 pub(crate) use self::safetensors::read_bytes;
 pub use ::safetensors::Dtype;

@@ -72,28 +72,31 @@ fn write_model(folder: &Path, tensors: &[(String, Vec<usize>, Dtype)], config: &
         .expect("a folder of its own");
 }
 
-/// The matrices of the experts' two tensors, as PEFT nests them.
-fn experts() -> [(String, FusedExperts); 2] {
-    let of = |d_out, d_in, orientation, seed: usize| FusedExperts {
-        experts: (0..3)
-            .map(|e| {
-                (
-                    floats(&[2, d_in], seed + e),
-                    floats(&[d_out, 2], seed + 9 + e),
-                )
-            })
-            .collect(),
+/// Three experts of rank 2 and scale 2.
+fn fused(d_out: usize, d_in: usize, orientation: ExpertOrientation, seed: usize) -> FusedExperts {
+    let matrices = |e| {
+        (
+            floats(&[2, d_in], seed + e),
+            floats(&[d_out, 2], seed + 9 + e),
+        )
+    };
+    FusedExperts {
+        experts: (0..3).map(matrices).collect(),
         orientation,
         scale: 2.0,
-    };
+    }
+}
+
+/// The matrices of the experts' two tensors, as PEFT nests them.
+fn experts() -> [(String, FusedExperts); 2] {
     [
         (
             format!("{EXPERTS}.base_layer"),
-            of(10, 8, ExpertOrientation::LastIsInput, 40),
+            fused(10, 8, ExpertOrientation::LastIsInput, 40),
         ),
         (
             EXPERTS.to_owned(),
-            of(8, 5, ExpertOrientation::LastIsInput, 60),
+            fused(8, 5, ExpertOrientation::LastIsInput, 60),
         ),
     ]
 }

@@ -7,7 +7,7 @@ use rankmix::formats::{
 use rankmix::{Result, Tensor};
 use serde_json::json;
 
-use super::{assert_close, floats, merge, merged_alone, pair, sum, write_model};
+use super::{assert_close, floats, fused, merge, merged_alone, pair, sum, write_model};
 
 #[test]
 fn weights_that_lie_transposed_are_changed_by_the_transpose() -> Result<()> {
@@ -31,19 +31,7 @@ fn which_width_experts_read_is_never_guessed() -> Result<()> {
         ExpertOrientation::MiddleIsInput,
     ] {
         let transposed = orientation == ExpertOrientation::MiddleIsInput;
-        let of = |d_out, d_in, seed: usize| FusedExperts {
-            experts: (0..3)
-                .map(|e| {
-                    (
-                        floats(&[2, d_in], seed + e),
-                        floats(&[d_out, 2], seed + 9 + e),
-                    )
-                })
-                .collect(),
-            orientation,
-            scale: 2.0,
-        };
-        let (both, down) = (of(16, 8, 1), of(8, 8, 30));
+        let (both, down) = (fused(16, 8, orientation, 1), fused(8, 8, orientation, 30));
         let mut pairs = vec![("m.experts".to_owned(), down.to_pair()?)];
         let adapter = |pairs: &[(String, LoraPair)]| {
             let mut lora = PeftAdapter::of_pairs(pairs.iter().cloned().collect());

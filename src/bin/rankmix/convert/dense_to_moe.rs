@@ -8,7 +8,7 @@ use rankmix::Result;
 use rankmix::convert::{DenseLayerReport, DenseModelOptions, convert_dense_model};
 use rankmix::formats::MoeLayout;
 
-use crate::convert::{FILES, bar, files_on, warn_not_copied};
+use crate::convert::{FILES, Replacement, bar, files_on, warn_not_copied};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Layout {
@@ -42,12 +42,8 @@ pub(crate) struct Options {
     /// Of everything random.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
-    /// Replace OUT_DIR if it is an output of a conversion. The old one stays until the new one is whole.
-    #[arg(long)]
-    overwrite: bool,
-    /// Throw away what a conversion with other options or of another model has left unfinished in OUT_DIR.partial.
-    #[arg(long)]
-    restart: bool,
+    #[command(flatten)]
+    replacement: Replacement,
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -62,8 +58,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         },
         activations: options.activations.clone(),
         seed: options.seed,
-        overwrite: options.overwrite,
-        restart: options.restart,
+        overwrite: options.replacement.overwrite,
+        restart: options.replacement.restart,
     };
     let report = convert_dense_model(&options.model, &options.out_dir, &conversion, &listener);
     bar.finish_and_clear();

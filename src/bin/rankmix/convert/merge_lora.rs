@@ -7,7 +7,7 @@ use rankmix::Result;
 use rankmix::convert::{MergeOptions, merge_lora};
 use rankmix::formats::Dtype;
 
-use crate::convert::{FILES, Written, bar, files_on, warn_not_copied};
+use crate::convert::{FILES, Replacement, Written, bar, files_on, warn_not_copied};
 
 /// A change of which more than this part is lost by rounding is worth a warning.
 const MUCH: f64 = 0.1;
@@ -27,12 +27,8 @@ pub(crate) struct Options {
     /// What the tensors that change are written in; with f32 the dtype in config.json is changed too [default: what each is in; f64 becomes f32]
     #[arg(long, value_enum, value_name = "D")]
     dtype: Option<Written>,
-    /// Replace OUT_DIR if it is an output of a conversion. The old one stays until the new one is whole.
-    #[arg(long)]
-    overwrite: bool,
-    /// Throw away what another conversion has left unfinished in OUT_DIR.partial.
-    #[arg(long)]
-    restart: bool,
+    #[command(flatten)]
+    replacement: Replacement,
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -41,8 +37,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let merge = MergeOptions {
         unmerge: options.unmerge,
         dtype: options.dtype.map(Dtype::from),
-        overwrite: options.overwrite,
-        restart: options.restart,
+        overwrite: options.replacement.overwrite,
+        restart: options.replacement.restart,
     };
     let (model, lora, out) = (&options.model_dir, &options.lora_dir, &options.out_dir);
     let report = merge_lora(model, lora, out, &merge, &listener);

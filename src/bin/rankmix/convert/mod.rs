@@ -52,6 +52,17 @@ fn bar(template: &str, length: usize) -> ProgressBar {
     }
 }
 
+/// What may be done with what is there already.
+#[derive(Clone, Copy, Debug, clap::Args)]
+struct Replacement {
+    /// Replace OUT_DIR if it is an output of a conversion. The old one stays until the new one is whole.
+    #[arg(long)]
+    overwrite: bool,
+    /// Throw away what a conversion with other options or of another model has left unfinished in OUT_DIR.partial.
+    #[arg(long)]
+    restart: bool,
+}
+
 /// What tensors are written in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Written {

@@ -11,7 +11,7 @@ use rankmix::convert::{
 use rankmix::formats::Dtype;
 use rankmix::{Error, Result};
 
-use crate::convert::{Written, bar};
+use crate::convert::{Replacement, Written, bar};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Grouping {
@@ -75,12 +75,8 @@ pub(crate) struct Options {
     /// Layers at work at once. Each layer uses all cores as it is; N of them need N times the memory. The result is the same.
     #[arg(long, value_name = "N", default_value_t = 1)]
     jobs: usize,
-    /// Replace OUT_DIR if it is an output of a conversion. The old one stays until the new one is whole.
-    #[arg(long)]
-    overwrite: bool,
-    /// Throw away what a conversion with other options or of another model has left unfinished in OUT_DIR.partial.
-    #[arg(long)]
-    restart: bool,
+    #[command(flatten)]
+    replacement: Replacement,
     /// Print the report as JSON.
     #[arg(long)]
     json: bool,
@@ -113,8 +109,8 @@ impl Options {
         options.calibration.clone_from(&self.calibration);
         options.dtype = self.dtype.map(Dtype::from);
         options.jobs = self.jobs;
-        options.overwrite = self.overwrite;
-        options.restart = self.restart;
+        options.overwrite = self.replacement.overwrite;
+        options.restart = self.replacement.restart;
         options
     }
 }
