@@ -7,6 +7,7 @@ mod gpu;
 mod half;
 mod kernel_choices;
 mod launch;
+mod notice;
 mod once;
 #[cfg(not(target_arch = "wasm32"))]
 mod pipeline_file;
@@ -26,6 +27,7 @@ pub(crate) use gpu::{BUFFER_ALIGNMENT, Buffer, Gpu};
 pub(crate) use half::{Element, HalfForm, element_of, is_integers, with_halves};
 pub use kernel_choices::{KernelChoices, TunedKernels};
 pub use launch::{Access, Binding, Launch, Launches, Shader, Slot, Word};
+use notice::notice;
 pub use profile::LaunchTiming;
 pub(crate) use recording::{Bound, Recording};
 pub use wgpu::{Buffer as HostBuffer, CommandEncoder};
@@ -122,7 +124,7 @@ impl Device {
         let request = Request::parse(&text);
         let Some(adapter) = adapter::choose(&request).await? else {
             if request == Request::Best {
-                eprintln!("rankmix: no GPU adapter found, running on the CPU");
+                notice(format_args!("no GPU adapter found, running on the CPU"));
             }
             return Ok(Self {
                 kind: Kind::Host {

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use crate::device::Gpu;
+use crate::device::notice::notice;
 use crate::error::{Error, Result};
 use crate::file;
 
@@ -166,16 +167,16 @@ impl PipelineFile {
 impl Drop for PipelineFile {
     fn drop(&mut self) {
         if let Err(error) = self.save() {
-            eprintln!("rankmix: compiled pipelines are not kept: {error}");
+            notice(format_args!("compiled pipelines are not kept: {error}"));
         }
     }
 }
 
 fn unused(path: &Path, reason: &str) {
-    eprintln!(
-        "rankmix: {} is not used, pipelines are compiled anew: {reason}",
+    notice(format_args!(
+        "{} is not used, pipelines are compiled anew: {reason}",
         path.display()
-    );
+    ));
 }
 
 /// A device's cache of pipelines, with what an earlier process left.

@@ -84,13 +84,17 @@ fn a_dropped_device_leaves_its_pipelines() -> Result<(), Failed> {
 
 /// A process of its own that builds pipelines with a folder from the environment.
 fn process(program: &str, folder: &Path) -> Result<Child, Failed> {
+    process_saying(program, folder, Stdio::piped())
+}
+
+fn process_saying(program: &str, folder: &Path, stderr: Stdio) -> Result<Child, Failed> {
     let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/lora_small.safetensors");
     Ok(Command::new(program)
         .args(["replay", "--device", "vulkan"])
         .arg(case)
         .env(PIPELINE_CACHE_VARIABLE, folder)
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
+        .stderr(stderr)
         .spawn()?)
 }
 
@@ -133,6 +137,13 @@ fn damaged_files_are_left_unused(program: &str) -> Result<(), Failed> {
         // The process has replaced the file, so that the next one does not complain.
         assert_eq!(fs::read(&file)?.len(), whole.len(), "{damage}");
     }
+    // It works on where nobody reads what it says.
+    fs::write(&file, &whole[..last])?;
+    let (reader, nobody_reads) = std::io::pipe()?;
+    drop(reader);
+    let output = process_saying(program, root.path(), nobody_reads.into())?.wait_with_output()?;
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(fs::read(&file)?.len(), whole.len());
     assert_eq!(said(process(program, root.path())?)?, "");
     Ok(())
 }
