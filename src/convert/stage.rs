@@ -50,7 +50,7 @@ pub(crate) struct Stage {
     /// Whether an earlier run of the same conversion has left something.
     goes_on: bool,
     /// Held as long as the folder is written to.
-    _lock: Option<fs::File>,
+    _lock: Option<Lock>,
 }
 
 pub(crate) fn refused(path: &Path, reason: impl Into<String>) -> Error {
@@ -460,12 +460,30 @@ fn remove_leftovers(folder: &Path) -> Result<()> {
     Ok(())
 }
 
+/// A lock on a folder, given back when it is dropped. Closing alone would leave it to whoever has a copy of the handle, as a process has that
+/// another thread has just forked.
+#[cfg(unix)]
+#[derive(Debug)]
+struct Lock(fs::File);
+
+#[cfg(unix)]
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // It ends with the last copy at the latest.
+        _ = self.0.unlock();
+    }
+}
+
+#[cfg(not(unix))]
+#[derive(Debug)]
+enum Lock {}
+
 /// Two conversions at once in one folder would remove each other's files. The lock ends with the process, whatever ends it.
 #[cfg(unix)]
-fn locked(folder: &Path) -> Result<Option<fs::File>> {
+fn locked(folder: &Path) -> Result<Option<Lock>> {
     let handle = fs::File::open(folder).map_err(at(folder))?;
     let is_locked = is_held(folder, handle.try_lock())?;
-    Ok(is_locked.then_some(handle))
+    Ok(is_locked.then_some(Lock(handle)))
 }
 
 /// Whether a lock is held after it was tried for; not on a file system that has none.
@@ -485,7 +503,7 @@ fn is_held(folder: &Path, tried: std::result::Result<(), fs::TryLockError>) -> R
 
 /// Folders cannot be opened here.
 #[cfg(not(unix))]
-fn locked(_folder: &Path) -> Result<Option<fs::File>> {
+fn locked(_folder: &Path) -> Result<Option<Lock>> {
     Ok(None)
 }
 
@@ -507,7 +525,7 @@ mod tests {
     use std::io::{Error, ErrorKind};
     use std::path::Path;
 
-    use super::is_held;
+    use super::{is_held, locked};
 
     #[test]
     fn only_a_file_system_without_locks_goes_without() {
@@ -518,5 +536,18 @@ mod tests {
         assert!(failed(ErrorKind::OutOfMemory).is_err());
         assert!(failed(ErrorKind::PermissionDenied).is_err());
         assert!(tried(Err(TryLockError::WouldBlock)).is_err_and(|error| error.contains("another")));
+    }
+
+    #[test]
+    fn a_lock_ends_where_it_is_dropped_whoever_has_a_copy_of_the_handle() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let lock = locked(folder.path()).expect("a folder that nobody has locked");
+        // As in a process that was forked meanwhile.
+        let copy = lock.as_ref().map(|lock| lock.0.try_clone());
+        assert!(matches!(copy, Some(Ok(_))), "{copy:?}");
+        assert!(locked(folder.path()).is_err(), "it was locked twice");
+        drop(lock);
+        assert!(matches!(locked(folder.path()), Ok(Some(_))));
+        drop(copy);
     }
 }
