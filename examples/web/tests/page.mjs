@@ -28,6 +28,7 @@ after(async () => {
 async function open({ tampering, state = "idle", url = server.url, prepare, ...options } = {}) {
   const context = await browser.newContext({ viewport: DESKTOP, bypassCSP: false, ...options });
   const page = await context.newPage();
+  page.setDefaultTimeout(PATIENCE);
   page.complaints = [];
   page.on("console", (message) => {
     if (["error", "warning"].includes(message.type())) page.complaints.push(message.text());
@@ -36,12 +37,11 @@ async function open({ tampering, state = "idle", url = server.url, prepare, ...o
   if (tampering) await page.addInitScript(tampering);
   await prepare?.(page);
   await page.goto(url);
-  await reach(page, state, 20_000);
+  await reach(page, state);
   return page;
 }
 
-const reach = (page, state, timeout = PATIENCE) =>
-  page.waitForFunction((wanted) => document.documentElement.dataset.state === wanted, state, { timeout });
+const reach = (page, state) => page.waitForFunction((wanted) => document.documentElement.dataset.state === wanted, state);
 
 async function choose(page, settings) {
   for (const [name, value] of Object.entries(settings)) {
@@ -93,7 +93,7 @@ const painted = (page, id) =>
   }, id);
 
 /** RotMoLE was looked at: its experts have a share. */
-const looked = (page) => page.waitForFunction(() => /\d %/.test(document.getElementById("map-table").textContent), null, { timeout: PATIENCE });
+const looked = (page) => page.waitForFunction(() => /\d %/.test(document.getElementById("map-table").textContent));
 
 /** What has happened is on the page, which draws once a frame. */
 const drawn = (page) => page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done()))));
@@ -142,9 +142,9 @@ const countTrainers = (page) =>
   });
 const alive = (page) => page.evaluate(() => globalThis.alive);
 const firstLosses = (page) =>
-  page.waitForFunction(() => /RotMoLE \d/.test(document.getElementById("curves-canvas").ariaLabel), null, { timeout: PATIENCE });
+  page.waitForFunction(() => /RotMoLE \d/.test(document.getElementById("curves-canvas").ariaLabel));
 
-test("Start by keyboard: within 30 seconds the loss of each adapter falls, and every picture forms", async (t) => {
+test("Start by keyboard: within 60 steps the loss of each adapter falls, and every picture forms", async (t) => {
   const page = await open();
   assert.notEqual(await page.textContent("#adapter-name"), "");
   await watchLosses(page);
@@ -164,18 +164,22 @@ test("Start by keyboard: within 30 seconds the loss of each adapter falls, and e
   });
   while ((await page.evaluate(() => document.activeElement.id)) !== "run") await page.keyboard.press("Tab");
   await page.keyboard.press("Enter");
-  await page.waitForTimeout(30_000);
-
-  const seen = await page.evaluate(() => globalThis.seen);
+  const begun = performance.now();
+  // Of the mean of the last steps, as it is drawn; noise between two steps is about 0.15.
+  await page.waitForFunction(
+    (names) => names.every((name) => globalThis.seen[name]?.length > 3 && globalThis.seen[name].at(-1) < globalThis.seen[name][0] - 0.5),
+    ADAPTERS,
+  );
+  t.diagnostic(`every loss fell by more than 0.5 within ${((performance.now() - begun) / 1000).toFixed(0)} s`);
+  // How fast that is depends on the machine; after how many steps does not.
+  const [fallen, seen] = [await runs(page), await page.evaluate(() => globalThis.seen)];
   for (const name of ADAPTERS) {
-    const losses = seen[name] ?? [];
-    t.diagnostic(`${name}: ${losses[0]} to ${losses.at(-1)} bits per byte, ${(await runs(page))[name].steps} steps, ${(await runs(page))[name].speed} bytes/s`);
-    assert.ok(losses.length > 3, `${name}: ${losses.length} losses were shown`);
-    // The last is the mean of the last steps; noise between two steps is about 0.15.
-    assert.ok(losses.at(-1) < losses[0] - 0.5, `${name}: ${losses[0]} to ${losses.at(-1)}`);
+    const { steps, speed } = fallen[name];
+    t.diagnostic(`${name}: ${seen[name][0]} to ${seen[name].at(-1)} bits per byte, ${steps} steps, ${speed} bytes/s`);
+    assert.ok(steps <= 60, `${name} took ${steps} steps`);
   }
   await looked(page);
-  await page.waitForFunction(() => /[1-9]\d*°/.test(document.getElementById("wheels-table").textContent), null, { timeout: PATIENCE });
+  await page.waitForFunction(() => /[1-9]\d*°/.test(document.getElementById("wheels-table").textContent));
   const full = await Promise.all(pictures.map((id) => painted(page, id)));
   pictures.forEach((id, index) => {
     assert.notEqual(full[index].sum, empty[index].sum, `${id} stayed as it was`);
@@ -204,17 +208,18 @@ test("Pause stops, Resume goes on, Reset clears, and everything is freed", async
   assert.ok(await page.isDisabled("#rank"), "settings can be changed while they are in use");
   await page.click("#run");
   assert.equal(await page.textContent("#run"), "Resume");
-  await page.waitForFunction(() => document.getElementById("status").textContent === "Paused.", null, { timeout: PATIENCE });
+  await page.waitForFunction(() => document.getElementById("status").textContent === "Paused.");
   const paused = await page.evaluate(() => globalThis.steps);
   await page.waitForTimeout(3000);
   assert.equal(await page.evaluate(() => globalThis.steps), paused);
   assert.equal(await alive(page), 4);
   await page.click("#run");
-  await page.waitForFunction((paused) => globalThis.steps > paused + 1, paused, { timeout: PATIENCE });
+  await page.waitForFunction((paused) => globalThis.steps > paused + 1, paused);
 
   await page.click("#reset");
   await reach(page, "idle");
-  await page.waitForFunction(() => globalThis.alive === 0, null, { timeout: PATIENCE });
+  await page.waitForFunction(() => globalThis.alive === 0);
+  await drawn(page);
   assert.match(await page.getAttribute("#curves-canvas", "aria-label"), /Nothing trained yet/);
   assert.match(await page.getAttribute("#wheels-canvas", "aria-label"), /nothing trained yet/);
   for (const id of ["map-table", "held-out-table"]) {
@@ -232,6 +237,7 @@ test("Pause stops, Resume goes on, Reset clears, and everything is freed", async
   await page.click("#reset");
   await page.click("#run");
   await reach(page, "done");
+  await drawn(page);
   assert.equal(await page.textContent("#run"), "Start again");
   await page.waitForFunction(() => document.querySelector("#progress").position === 1);
   assert.deepEqual(Object.entries(await runs(page)).map(([name, { steps }]) => [name, steps]), [["Base", 1], ["RotMoLE", 2]]);
@@ -428,7 +434,7 @@ test("A tab that is not seen trains on, and is drawn when it is seen again", asy
   await page.click("#run");
   await firstLosses(page);
   // A hidden tab gets no frames: here they are kept back.
-  await page.evaluate(() => {
+  await page.evaluate(async () => {
     const original = globalThis.requestAnimationFrame;
     const waiting = [];
     globalThis.requestAnimationFrame = (callback) => waiting.push(callback);
@@ -436,11 +442,12 @@ test("A tab that is not seen trains on, and is drawn when it is seen again", asy
       globalThis.requestAnimationFrame = original;
       waiting.forEach((callback) => original(callback));
     };
+    // What was asked for before is drawn first.
+    await new Promise((done) => original(done));
   });
-  await page.waitForTimeout(100);
   const hidden = await stepsMade(page);
   const begun = await page.evaluate(() => globalThis.steps);
-  await page.waitForFunction((begun) => globalThis.steps > begun + 5, begun, { timeout: PATIENCE, polling: 100 });
+  await page.waitForFunction((begun) => globalThis.steps > begun + 5, begun, { polling: 100 });
   assert.equal(await stepsMade(page), hidden, "something was drawn that nobody sees");
   await page.evaluate(() => globalThis.beSeen());
   await page.waitForFunction((hidden) => [...document.querySelectorAll("#runs-table td:nth-child(3)")].reduce((sum, cell) => sum + Number(cell.textContent), 0) > hidden + 4, hidden);
@@ -551,7 +558,8 @@ test("Accessible by axe's rules, light and dark, before and after; nothing moves
   await both("before");
   await choose(page, SHORT);
   await page.click("#run");
-  await looked(page);
+  await reach(page, "done");
+  await drawn(page);
   await both("trained");
   assert.equal(await page.$eval(".heat td", (cell) => getComputedStyle(cell).transitionProperty), "none");
   await page.context().close();
@@ -561,7 +569,10 @@ test("On a phone nothing is wider than the screen, and everything can be touched
   const page = await open(PHONE);
   await choose(page, SHORT);
   await page.tap("#run");
-  await looked(page);
+  await reach(page, "done");
+  await drawn(page);
+  // Colours that change slowly are on their way.
+  await page.evaluate(() => Promise.all(document.getAnimations().map((one) => one.finished)).then(() => {}));
   assert.ok((await page.evaluate(() => document.documentElement.scrollWidth)) <= 360);
   const small = await page.$$eval("button, select, input[type=number], label.choice, summary", (elements) =>
     elements
