@@ -12,7 +12,9 @@ shift 2
 
 has_library() {
   local folder
-  folder=$(rustc --print target-libdir --target "$target" 2>/dev/null) && ls "$folder"/libcore-*.rlib >/dev/null 2>&1
+  folder=$(rustc --print target-libdir --target "$target" 2>/dev/null) || return 1
+  # Both: a download that was cut short has one of them.
+  ls "$folder"/libcore-*.rlib "$folder"/libstd-*.rlib >/dev/null 2>&1
 }
 
 windows_linker() {

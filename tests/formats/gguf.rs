@@ -1,6 +1,7 @@
 use std::fs;
 
 use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
 use rankmix::formats::{GgufFile, GgufLora, GgufType, GgufValue, GgufWriter, TensorFile};
 use rankmix::{Error, Result, Tensor};
 
@@ -420,6 +421,8 @@ fn every_truncation_is_refused() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { rng_seed: RngSeed::Fixed(422), ..ProptestConfig::default() })]
+
     /// Whatever is changed: an error or other numbers, no panic, and nothing outside the file is read.
     #[test]
     fn changed_bytes_never_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {

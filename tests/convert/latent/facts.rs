@@ -2,6 +2,7 @@
 
 use faer::Mat;
 use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
 use rankmix::convert::{
     LatentOptions, Operator, SvdMethod, SvdOptions, SvdPrecision, convert_layer,
 };
@@ -415,7 +416,7 @@ fn tiny_huge_and_zero_weights_convert() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, rng_seed: RngSeed::Fixed(417), ..ProptestConfig::default() })]
 
     #[test]
     fn any_shape_has_the_error_of_its_singular_values(
