@@ -179,7 +179,9 @@ fn product(low: ptr<function, Tile>, high: ptr<function, Tile>, place: Place, la
     }
   }
   if (EDGES) {
-    for (var k = fast_end; k < params.k; k += 4u) {
+    // no turn for workgroups that folding has added
+    let end = select(0u, params.k, place.inside);
+    for (var k = fast_end; k < end; k += 4u) {
       let rows = mat4x4(a_edge(a_base, row, k), a_edge(a_base, row + 1u, k), a_edge(a_base, row + 2u, k), a_edge(a_base, row + 3u, k));
       let columns = transpose(mat4x4(b_edge(b_base, column, k), b_edge(b_base, column + 1u, k),
         b_edge(b_base, column + 2u, k), b_edge(b_base, column + 3u, k)));
