@@ -20,13 +20,29 @@ const VERSION: u32 = 1;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KernelChoices {
     of_operation: Arc<BTreeMap<String, String>>,
+    /// What stands behind the keys that [`KernelChoices::get`] is asked for.
+    behind: String,
 }
 
 impl KernelChoices {
     /// The kernel that an operation is to take.
     #[must_use]
     pub fn get(&self, operation: &str) -> Option<&str> {
-        self.of_operation.get(operation).map(String::as_str)
+        let chosen = if self.behind.is_empty() {
+            self.of_operation.get(operation)
+        } else {
+            self.of_operation
+                .get(&format!("{operation}{}", self.behind))
+        };
+        chosen.map(String::as_str)
+    }
+
+    /// The same choices, asked for with this behind each key.
+    pub(crate) fn with_behind(&self, behind: String) -> Self {
+        Self {
+            of_operation: Arc::clone(&self.of_operation),
+            behind,
+        }
     }
 
     /// Names the kernel that an operation is to take.
@@ -91,6 +107,7 @@ impl TunedKernels {
         let found = self.adapters.get(&Self::adapter_key(adapter));
         KernelChoices {
             of_operation: Arc::new(found.cloned().unwrap_or_default()),
+            behind: String::new(),
         }
     }
 

@@ -7,7 +7,7 @@ use crate::device::{
 use crate::error::Result;
 use crate::graph::{Graph, Source, Storage};
 use crate::ops::{AliasKind, element_wise, shader};
-use crate::tensor::TensorType;
+use crate::tensor::{DType, TensorType};
 
 /// What every value is stored in, given what each parameter is (by its number). Values that share memory are stored alike: if one
 /// of them must stay in f32, all do.
@@ -53,6 +53,32 @@ pub(crate) fn storages(graph: &Graph, parameter: impl Fn(usize) -> Storage) -> V
     (0..graph.values.len())
         .map(|index| of_root[find(&parent, index)])
         .collect()
+}
+
+/// What stands behind an operation's key in [`KernelChoices`](crate::device::KernelChoices), as storage changes what its kernels cost: nothing where
+/// all floats are in 32 bits, or ` from f16, f32 to f16`.
+pub(crate) fn behind_key(
+    inputs: &[(TensorType, Storage)],
+    outputs: &[(TensorType, Storage)],
+) -> String {
+    let floats = |values: &[(TensorType, Storage)]| -> Vec<&'static str> {
+        let floats = values.iter().filter(|(ty, _)| ty.dtype == DType::F32);
+        floats
+            .map(|(_, storage)| match storage {
+                Storage::F32 => "f32",
+                Storage::F16 => "f16",
+            })
+            .collect()
+    };
+    let (inputs, outputs) = (floats(inputs), floats(outputs));
+    if inputs
+        .iter()
+        .chain(&outputs)
+        .all(|&storage| storage == "f32")
+    {
+        return String::new();
+    }
+    format!(" from {} to {}", inputs.join(", "), outputs.join(", "))
 }
 
 /// The operands of an operation whose launches are to be changed.

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 use crate::device::{BUFFER_ALIGNMENT, Capabilities, Launches};
 use crate::error::{Error, Result};
-use crate::graph::halves::{Operands, lower};
+use crate::graph::halves::{Operands, behind_key, lower};
 use crate::graph::{Graph, Source, Storage, Value};
 use crate::ops::{AliasKind, LaunchTypes};
 use crate::tensor::{DType, TensorType};
@@ -173,21 +173,28 @@ fn plan_as_built(graph: &Graph, target: Target<'_>, storages: Vec<Storage>) -> R
         let info = &graph.nodes[node];
         let launches = match target.capabilities {
             Some(capabilities) => {
-                let types = |values: &[Value]| -> Vec<TensorType> {
-                    values
-                        .iter()
-                        .map(|value| graph.values[value.index as usize].ty.clone())
+                let typed = |values: &[Value]| -> Vec<(TensorType, Storage)> {
+                    let indices = values.iter().map(|value| value.index as usize);
+                    indices
+                        .map(|index| (graph.values[index].ty.clone(), storages[index]))
                         .collect()
                 };
-                let stored = |values: &[Value]| -> Vec<Storage> {
-                    values
-                        .iter()
-                        .map(|value| storages[value.index as usize])
-                        .collect()
-                };
-                let (inputs, outputs) = (types(&info.inputs), types(&info.outputs));
+                let (inputs, outputs) = (typed(&info.inputs), typed(&info.outputs));
+                let behind = behind_key(&inputs, &outputs);
+                let (inputs, input_storages): (Vec<_>, Vec<_>) = inputs.into_iter().unzip();
+                let (outputs, output_storages): (Vec<_>, Vec<_>) = outputs.into_iter().unzip();
                 let aliases = info.op.aliases();
                 let continued: Vec<usize> = aliases.iter().map(|alias| alias.output).collect();
+                let stored_so;
+                let capabilities = if behind.is_empty() || capabilities.kernels.is_empty() {
+                    capabilities
+                } else {
+                    stored_so = Capabilities {
+                        kernels: capabilities.kernels.with_behind(behind),
+                        ..capabilities.clone()
+                    };
+                    &stored_so
+                };
                 let launches = info.op.launches(
                     LaunchTypes {
                         inputs: &inputs,
@@ -196,8 +203,8 @@ fn plan_as_built(graph: &Graph, target: Target<'_>, storages: Vec<Storage>) -> R
                     capabilities,
                 )?;
                 let operands = Operands {
-                    inputs: &stored(&info.inputs),
-                    outputs: &stored(&info.outputs),
+                    inputs: &input_storages,
+                    outputs: &output_storages,
                     output_types: &outputs,
                     continued: &continued,
                 };

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::device::{Capabilities, Device, KernelChoices, Kind};
 use crate::error::{Error, Result};
-use crate::graph::halves::storages;
+use crate::graph::halves::{behind_key, storages};
 use crate::graph::plan::live_nodes;
 use crate::graph::{Graph, Init, ParameterStore, Precision, Session, SessionOptions, Storage};
 use crate::ops::{Choice, LaunchTypes, Op};
@@ -141,13 +141,17 @@ impl Graph {
         let mut found = BTreeMap::new();
         for (position, &node) in live_nodes(self).iter().enumerate() {
             let node = &self.nodes[node];
-            let types = |values: &[crate::Value]| -> Vec<TensorType> {
-                let values = values.iter();
-                values
-                    .map(|value| self.values[value.index as usize].ty.clone())
+            let typed = |values: &[crate::Value]| -> Vec<(TensorType, Storage)> {
+                let indices = values.iter().map(|value| value.index as usize);
+                indices
+                    .map(|index| (self.values[index].ty.clone(), stored[index]))
                     .collect()
             };
-            let (inputs, outputs) = (types(&node.inputs), types(&node.outputs));
+            let (operands, results) = (typed(&node.inputs), typed(&node.outputs));
+            let types = |values: &[(TensorType, Storage)]| -> Vec<TensorType> {
+                values.iter().map(|(ty, _)| ty.clone()).collect()
+            };
+            let (inputs, outputs) = (types(&operands), types(&results));
             if inputs.iter().any(|ty| ty.dtype != DType::F32) {
                 continue;
             }
@@ -155,20 +159,21 @@ impl Graph {
                 inputs: &inputs,
                 outputs: &outputs,
             };
-            let Some(choice) = node.op.choice(io, capabilities)? else {
+            let Some(mut choice) = node.op.choice(io, capabilities)? else {
                 continue;
             };
             if choice.kernels.len() < 2 {
                 continue;
             }
-            let storage_of = |value: &crate::Value| stored[value.index as usize];
+            choice.key += &behind_key(&operands, &results);
             found.entry(choice.key.clone()).or_insert_with(|| {
-                let storages = node.inputs.iter().map(storage_of);
                 let measured = Measured {
                     op: Arc::clone(&node.op),
                     choice,
-                    operands: inputs.into_iter().zip(storages).collect(),
-                    activations: node.outputs.first().map_or(Storage::F32, storage_of),
+                    operands,
+                    activations: results
+                        .first()
+                        .map_or(Storage::F32, |(_, storage)| *storage),
                 };
                 (position, measured)
             });
