@@ -10,7 +10,7 @@ use crate::graph::halves::{behind_key, storages};
 use crate::graph::plan::live_nodes;
 use crate::graph::{Graph, Init, ParameterStore, Precision, Session, SessionOptions, Storage};
 use crate::ops::{Choice, LaunchTypes, Op};
-use crate::tensor::{DType, TensorType};
+use crate::tensor::{DType, Tensor, TensorType};
 
 /// At least this many samples of every kernel, and for at least this long.
 const SAMPLES: usize = 5;
@@ -72,6 +72,8 @@ struct Measured {
     op: Arc<dyn Op>,
     choice: Choice,
     operands: Vec<(TensorType, Storage)>,
+    /// For the operands that are integers.
+    integers: Vec<Tensor>,
     activations: Storage,
 }
 
@@ -134,8 +136,8 @@ impl Graph {
         Ok(measured.map(|measured| measured.choice).collect())
     }
 
-    /// The operations that have a choice, one of each key, in the order of the graph. Those that read integers are left out: random ones would
-    /// be no work like the real.
+    /// The operations that have a choice, one of each key, in the order of the graph. Those that read integers and do not say which are left out:
+    /// random ones would be no work like the real.
     fn choices(&self, capabilities: &Capabilities) -> Result<Vec<Measured>> {
         let stored = storages(self, |index| self.parameters[index].storage);
         let mut found = BTreeMap::new();
@@ -152,9 +154,6 @@ impl Graph {
                 values.iter().map(|(ty, _)| ty.clone()).collect()
             };
             let (inputs, outputs) = (types(&operands), types(&results));
-            if inputs.iter().any(|ty| ty.dtype != DType::F32) {
-                continue;
-            }
             let io = LaunchTypes {
                 inputs: &inputs,
                 outputs: &outputs,
@@ -165,12 +164,18 @@ impl Graph {
             if choice.kernels.len() < 2 {
                 continue;
             }
+            let integers = match node.op.sample_integers(&inputs)? {
+                Some(integers) => integers,
+                None if inputs.iter().all(|ty| ty.dtype == DType::F32) => Vec::new(),
+                None => continue,
+            };
             choice.key += &behind_key(&operands, &results);
             found.entry(choice.key.clone()).or_insert_with(|| {
                 let measured = Measured {
                     op: Arc::clone(&node.op),
                     choice,
                     operands,
+                    integers,
                     activations: results
                         .first()
                         .map_or(Storage::F32, |(_, storage)| *storage),
@@ -189,11 +194,19 @@ impl Measured {
     fn graph(&self) -> Result<Graph> {
         let mut graph = Graph::new();
         let mut inputs = Vec::new();
+        let mut integers = self.integers.iter();
         for (number, (ty, storage)) in self.operands.iter().enumerate() {
             graph.set_precision(Precision {
                 parameters: *storage,
                 activations: self.activations,
             });
+            if ty.dtype != DType::F32 {
+                let integers = integers.next().ok_or_else(|| {
+                    Error::shape(self.op.name(), format!("no sample of the integers {ty}"))
+                })?;
+                inputs.push(graph.constant(integers.clone())?);
+                continue;
+            }
             let init = Init::Uniform { bound: 1.0 };
             inputs.push(graph.parameter(&format!("operand {number}"), ty.dims(), init, false)?);
         }

@@ -73,13 +73,13 @@ fn enough_tiles(class: AdapterClass) -> usize {
 }
 
 /// Where fewer invocations than this run, k is split further: a discrete GPU of middle size holds 40,000.
-const ENOUGH_INVOCATIONS: usize = 16_384;
+pub(crate) const ENOUGH_INVOCATIONS: usize = 16_384;
 /// The invocations of a workgroup of `matmul_split.wgsl`.
 const SPLIT_WORKGROUP: usize = 64;
 /// More parts than this take longer to add up than they save.
 const MOST_PARTS: usize = 64;
 /// A product whose k is shorter is not worth splitting: a reduction takes as long as some twenty multiply-adds of every invocation.
-const LONG_K: usize = 64;
+pub(crate) const LONG_K: usize = 64;
 
 /// How `matmul_split.wgsl` goes about a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

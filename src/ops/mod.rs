@@ -45,6 +45,7 @@ mod segment_outer;
 mod segments;
 mod selection_bias;
 mod shrink;
+mod shrink_choice;
 mod silu;
 mod soft_merge;
 mod softmax;
@@ -90,7 +91,7 @@ pub use work::Work;
 use crate::device::{Capabilities, Launches};
 use crate::error::{Error, Result};
 use crate::graph::Backward;
-use crate::tensor::{DType, TensorType};
+use crate::tensor::{DType, Tensor, TensorType};
 
 /// The types of an operation's inputs and outputs, for [`Op::launches`].
 #[derive(Clone, Copy, Debug)]
@@ -104,7 +105,8 @@ pub struct LaunchTypes<'a> {
 /// Kernels that do the same work of one operation at one size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Choice {
-    /// The operation and the sizes that the choice depends on, such as `matmul nt 512 x 1024 x 1024`.
+    /// The operation and what the choice depends on: the sizes, as in `matmul nt 512 x 1024 x 1024`, and where something is stored in 16
+    /// bits, in what each operand and result is: `matmul nt 512 x 1024 x 1024 from f32, f16 to f16`.
     pub key: String,
     /// The names of the kernels, that of the operation's own rule first.
     pub kernels: Vec<&'static str>,
@@ -209,6 +211,15 @@ pub trait Op: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// As [`Op::launches`].
     fn choice(&self, _io: LaunchTypes<'_>, _capabilities: &Capabilities) -> Result<Option<Choice>> {
+        Ok(None)
+    }
+
+    /// What [`Device::tune`](crate::Device::tune) measures the kernels of [`Op::choice`] on: a tensor for each integer input, in their order,
+    /// that is work like the real. Without (the default), an operation that reads integers is left to its own rule.
+    ///
+    /// # Errors
+    /// As [`Op::outputs`].
+    fn sample_integers(&self, _inputs: &[TensorType]) -> Result<Option<Vec<Tensor>>> {
         Ok(None)
     }
 

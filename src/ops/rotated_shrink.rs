@@ -11,17 +11,15 @@ use crate::ops::rotated_gate_gradient::rotated_gate_gradient;
 use crate::ops::rotation::Kind;
 use crate::ops::segment_outer::SegmentOuterPair;
 use crate::ops::segments::{
-    RowOf, expect_segments, gather, host_segments, lanes, products, row_share, weight_sizes,
+    RowOf, expect_segments, gather, host_segments, products, row_share, spread_evenly, weight_sizes,
 };
 use crate::ops::shrink::{self, Shrink};
-use crate::ops::subgroup_tile::{SUBGROUP_TILE, subgroup_tiles};
+use crate::ops::shrink_choice::{Grouped, Kernel, TILE};
+use crate::ops::subgroup_tile::SUBGROUP_TILE;
 use crate::ops::{
-    HostIo, LaunchTypes, Layout, Op, Real, Segments, Work, dims_f32, expect_count, shader,
+    Choice, HostIo, LaunchTypes, Layout, Op, Real, Segments, Work, dims_f32, expect_count, shader,
 };
 use crate::tensor::{Tensor, TensorType};
-
-/// Pairs and coordinates that one invocation computes, as in `shaders/rotated_shrink.wgsl`.
-const TILE: usize = 4;
 
 /// Inputs: x `[rows, in]`, A `[experts, rank, in]`, V `[experts, rank / 2, in]`, experts, order, offsets. Outputs: the rotated latents
 /// `[pairs, rank]`, the angles `[pairs, rank / 2]`.
@@ -216,9 +214,21 @@ impl Op for RotatedShrink {
         Ok(())
     }
 
+    fn choice(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Option<Choice>> {
+        let sizes = self.sizes(io.inputs)?;
+        // The three kernels of other sizes go by their own rules.
+        let fused = Self::is_fused(&sizes);
+        Ok(fused.then(|| self.grouped(&sizes).choice(capabilities)))
+    }
+
+    fn sample_integers(&self, inputs: &[TensorType]) -> Result<Option<Vec<Tensor>>> {
+        let shrink::Sizes { experts, .. } = self.sizes(inputs)?;
+        spread_evenly(experts, &inputs[3..])
+    }
+
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let sizes = self.sizes(io.inputs)?;
-        if sizes.out.is_multiple_of(4) && sizes.input.is_multiple_of(4) {
+        if Self::is_fused(&sizes) {
             return Ok(self.fused(&sizes, capabilities)?.into());
         }
         self.apart(&sizes, capabilities)
@@ -228,6 +238,18 @@ impl Op for RotatedShrink {
 }
 
 impl RotatedShrink {
+    fn is_fused(sizes: &shrink::Sizes) -> bool {
+        sizes.out.is_multiple_of(4) && sizes.input.is_multiple_of(4)
+    }
+
+    fn grouped<'a>(&self, sizes: &'a shrink::Sizes) -> Grouped<'a> {
+        Grouped {
+            name: "rotated_shrink",
+            sizes,
+            segments: sizes.experts + usize::from(self.none),
+        }
+    }
+
     fn fused(&self, sizes: &shrink::Sizes, capabilities: &Capabilities) -> Result<Launch> {
         let &shrink::Sizes {
             pairs,
@@ -236,8 +258,10 @@ impl RotatedShrink {
             out: rank,
             input,
         } = sizes;
-        let segments = experts + usize::from(self.none);
-        let (launch, pairs_per_tile, coordinates_per_tile) = if subgroup_tiles(capabilities) {
+        let grouped = self.grouped(sizes);
+        let segments = grouped.segments;
+        let kernel = grouped.chosen(capabilities);
+        let (launch, pairs_per_tile, coordinates_per_tile) = if kernel == Kernel::Subgroup {
             let shader = shader!(
                 "rotated_shrink_subgroup",
                 "subgroup_tile",
@@ -247,9 +271,14 @@ impl RotatedShrink {
             );
             (Launch::new(shader, "forward"), SUBGROUP_TILE, SUBGROUP_TILE)
         } else {
-            let (lanes_pairs, lanes_out) = lanes([pairs, segments, rank], [TILE, TILE]);
+            let [lanes_pairs, lanes_out, lanes_k] = grouped.lanes(kernel);
             let shader = shader!("rotated_shrink", "cos_sin", "rotate_two", "segment_tile");
-            let launch = Launch::new(shader, "forward")
+            let mut launch = if kernel == Kernel::Split {
+                Launch::new(shader, "split").constant("LANES_K", lanes_k as f64)
+            } else {
+                Launch::new(shader, "forward")
+            };
+            launch = launch
                 .constant("LANES_PAIRS", lanes_pairs as f64)
                 .constant("LANES_OUT", lanes_out as f64);
             (launch, lanes_pairs * TILE, lanes_out * TILE)

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::graph::{Graph, Value};
 use crate::ops::host_gemm::{Matrix, gemm};
 use crate::ops::{Real, Sorted, expect_i32};
-use crate::tensor::{DType, TensorType};
+use crate::tensor::{DType, Tensor, TensorType};
 
 /// How the matrices of the experts are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -123,6 +123,32 @@ pub(crate) fn expect_segments(
     let pairs = order.elements();
     expect_i32(op, "the order", order, &[pairs])?;
     Ok(pairs)
+}
+
+/// Experts, order and offsets of these types, every expert having as many pairs as the others, or one more: what a trained router is near to.
+pub(crate) fn spread_evenly(experts: usize, types: &[TensorType]) -> Result<Option<Vec<Tensor>>> {
+    let [of_pairs, order, offsets] = types else {
+        return Ok(None);
+    };
+    if experts == 0 {
+        return Ok(None);
+    }
+    let pairs = order.elements();
+    let integers = |ty: &TensorType, numbers: Vec<usize>| {
+        let numbers = numbers.into_iter().map(|number| number as i32);
+        Tensor::i32(ty.shape.clone(), numbers.collect())
+    };
+    let sorted = (0..experts).flat_map(|expert| (expert..pairs).step_by(experts));
+    // How many pairs the experts in front have; nobody is without one.
+    let in_front = (0..offsets.elements()).map(|expert| {
+        let expert = expert.min(experts);
+        expert * (pairs / experts) + expert.min(pairs % experts)
+    });
+    Ok(Some(vec![
+        integers(of_pairs, (0..pairs).map(|pair| pair % experts).collect())?,
+        integers(order, sorted.collect())?,
+        integers(offsets, in_front.collect())?,
+    ]))
 }
 
 /// The invocations of a workgroup that work on tiles of a segment, along the pairs and along the outputs, for a kernel in which each has

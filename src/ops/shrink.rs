@@ -7,16 +7,14 @@ use crate::host_reference;
 use crate::ops::expand::Expand;
 use crate::ops::segment_outer::SegmentOuter;
 use crate::ops::segments::{
-    RowOf, expect_segments, gather, host_segments, lanes, products, row_share, weight_sizes,
+    RowOf, expect_segments, gather, host_segments, products, row_share, spread_evenly, weight_sizes,
 };
-use crate::ops::subgroup_tile::{SUBGROUP_TILE, subgroup_tiles};
+use crate::ops::shrink_choice::{Grouped, Kernel, TILE};
+use crate::ops::subgroup_tile::SUBGROUP_TILE;
 use crate::ops::{
-    HostIo, LaunchTypes, Layout, Op, Real, Segments, Work, dims_f32, expect_count, shader,
+    Choice, HostIo, LaunchTypes, Layout, Op, Real, Segments, Work, dims_f32, expect_count, shader,
 };
-use crate::tensor::TensorType;
-
-/// Pairs and outputs that one invocation computes, as in `shaders/shrink.wgsl`.
-const TILE: usize = 4;
+use crate::tensor::{Tensor, TensorType};
 
 /// Inputs: x `[rows, in]`, weight, experts, order, offsets.
 #[derive(Clone, Copy, Debug)]
@@ -201,6 +199,16 @@ impl Op for Shrink {
         Ok(())
     }
 
+    fn choice(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Option<Choice>> {
+        let sizes = self.sizes(io.inputs)?;
+        Ok(Some(self.grouped(&sizes).choice(capabilities)))
+    }
+
+    fn sample_integers(&self, inputs: &[TensorType]) -> Result<Option<Vec<Tensor>>> {
+        let Sizes { experts, .. } = self.sizes(inputs)?;
+        spread_evenly(experts, &inputs[2..])
+    }
+
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let sizes = self.sizes(io.inputs)?;
         let operands = [
@@ -217,6 +225,17 @@ impl Op for Shrink {
 }
 
 impl Shrink {
+    fn grouped<'a>(&self, sizes: &'a Sizes) -> Grouped<'a> {
+        Grouped {
+            name: match self.layout {
+                Layout::OutIn => "shrink nt",
+                Layout::InOut => "shrink nn",
+            },
+            sizes,
+            segments: sizes.experts + usize::from(self.none),
+        }
+    }
+
     /// The product of x, weight, order and offsets into z: here, and in the wide form of expand.
     pub(crate) fn launch(
         &self,
@@ -232,12 +251,18 @@ impl Shrink {
             out,
             input,
         } = sizes;
-        let segments = experts + usize::from(self.none);
-        if subgroup_tiles(capabilities) && input.is_multiple_of(4) && out.is_multiple_of(4) {
-            let operands = [x, weight, order, offsets];
-            return self.by_subgroups(sizes, None, operands, z, capabilities);
-        }
-        let (lanes_pairs, lanes_out) = lanes([pairs, segments, out], [TILE, TILE]);
+        let grouped = self.grouped(sizes);
+        let kernel = grouped.chosen(capabilities);
+        let entry = match kernel {
+            Kernel::Subgroup => {
+                let operands = [x, weight, order, offsets];
+                return self.by_subgroups(sizes, None, operands, z, capabilities);
+            }
+            Kernel::Direct => "forward",
+            Kernel::Split => "split",
+        };
+        let segments = grouped.segments;
+        let [lanes_pairs, lanes_out, lanes_k] = grouped.lanes(kernel);
         // Every segment's last tile may be partly empty: at most one more tile an expert.
         let tiles = pairs.div_ceil(lanes_pairs * TILE) + segments.min(pairs);
         let out_groups = out.div_ceil(lanes_out * TILE);
@@ -247,7 +272,11 @@ impl Shrink {
             out
         };
         let aligned = input % 4 == 0 && weight_row % 4 == 0;
-        Launch::new(shader!("shrink", "segment_tile"), "forward")
+        let mut launch = Launch::new(shader!("shrink", "segment_tile"), entry);
+        if kernel == Kernel::Split {
+            launch = launch.constant("LANES_K", lanes_k as f64);
+        }
+        launch
             .constant("LANES_OUT", lanes_out as f64)
             .constant("LANES_PAIRS", lanes_pairs as f64)
             .constant("OUT_IN", self.layout == Layout::OutIn)

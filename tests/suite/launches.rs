@@ -10,8 +10,8 @@ use rankmix::{Graph, Result, TensorType, Value};
 /// Kernels of a layer's output, and of the output with the gradients of the input and of all that is trained.
 type Counts = [usize; 2];
 
-/// A software adapter with subgroups, and an adapter that has none.
-fn adapters() -> [Capabilities; 2] {
+/// A software adapter with subgroups, a GPU, and a software adapter without subgroups.
+fn adapters() -> [Capabilities; 3] {
     [
         Capabilities {
             class: AdapterClass::Software,
@@ -21,6 +21,10 @@ fn adapters() -> [Capabilities; 2] {
         },
         Capabilities {
             class: AdapterClass::Discrete,
+            ..Capabilities::webgpu_defaults()
+        },
+        Capabilities {
+            class: AdapterClass::Software,
             ..Capabilities::webgpu_defaults()
         },
     ]
@@ -53,11 +57,11 @@ fn counts(
 struct Mismatches(Vec<String>);
 
 impl Mismatches {
-    /// The counts of a layer on both adapters.
+    /// The counts of a layer on each adapter.
     fn expect(
         &mut self,
         what: &str,
-        expected: [Counts; 2],
+        expected: [Counts; 3],
         layer: impl Fn(&mut Graph, Value) -> Result<Value>,
     ) -> Result<()> {
         for (capabilities, expected) in adapters().iter().zip(expected) {
@@ -95,15 +99,23 @@ fn comol() -> Result<(), Failed> {
         let layer = layer.clone();
         move |graph: &mut Graph, x| Ok(layer.forward(graph, x)?.output)
     };
-    counts.expect("CoMoL", [[4, 10], [4, 10]], of(&layer))?;
+    counts.expect("CoMoL", [[4, 10], [4, 10], [4, 11]], of(&layer))?;
     let mut dropping = layer.clone();
     dropping.options = options().with_dropout(0.1);
     // The mask forward and, as dx is then the sum of two, backward.
-    counts.expect("CoMoL with dropout", [[5, 13], [5, 13]], of(&dropping))?;
+    counts.expect(
+        "CoMoL with dropout",
+        [[5, 13], [5, 13], [5, 13]],
+        of(&dropping),
+    )?;
     let raw = layer.clone().with_routing(CoreRouting::Raw);
-    counts.expect("CoMoL with raw routing", [[6, 15], [6, 16]], of(&raw))?;
+    counts.expect(
+        "CoMoL with raw routing",
+        [[6, 15], [6, 16], [6, 16]],
+        of(&raw),
+    )?;
     let sparse = layer.with_top_k(2)?;
-    counts.expect("CoMoL with top 2", [[6, 15], [6, 15]], of(&sparse))?;
+    counts.expect("CoMoL with top 2", [[6, 15], [6, 15], [6, 16]], of(&sparse))?;
     counts.none()
 }
 
@@ -111,15 +123,17 @@ fn others() -> Result<(), Failed> {
     let mut counts = Mismatches::default();
     let routing = Routing::new(8, 2);
     let rotated = RotMole::new(base(), options(), routing)?;
-    counts.expect("RotMoLE", [[6, 15], [5, 16]], |graph, x| {
+    counts.expect("RotMoLE", [[6, 15], [5, 16], [5, 16]], |graph, x| {
         Ok(rotated.forward(graph, x)?.output)
     })?;
     let mixture = MoeLora::new(base(), options(), routing)?;
-    counts.expect("MoE-LoRA", [[6, 15], [5, 14]], |graph, x| {
+    counts.expect("MoE-LoRA", [[6, 15], [5, 14], [5, 14]], |graph, x| {
         Ok(mixture.forward(graph, x)?.output)
     })?;
     let lora = Lora::new(base(), options())?;
-    counts.expect("LoRA", [[3, 7], [3, 7]], |graph, x| lora.forward(graph, x))?;
+    counts.expect("LoRA", [[3, 7], [3, 7], [3, 8]], |graph, x| {
+        lora.forward(graph, x)
+    })?;
     counts.none()
 }
 

@@ -54,7 +54,7 @@ pub fn agrees(
     Ok(got)
 }
 
-/// The cases of matrix products with each of their kernels in turn, on a device of its own; and that these kernels are launched.
+/// The cases of products and grouped shrinks with each of their kernels in turn, on a device of its own; and that these kernels are launched.
 fn every_choice(device: &Device) -> Result<(), Failed> {
     // GL on a software rasteriser has the same compiler as its Vulkan.
     let adapter = device.adapter().filter(|adapter| adapter.backend != "gl");
@@ -63,7 +63,11 @@ fn every_choice(device: &Device) -> Result<(), Failed> {
     };
     let (mut launched, mut compiled) = (BTreeSet::new(), BTreeSet::new());
     let cases = cases::all().into_iter();
-    for case in cases.filter(|case| case.name.contains("matmul")) {
+    let has_choice = |case: &Case| {
+        let starts = ["shrink_", "rotated_shrink_"];
+        case.name.contains("matmul") || starts.iter().any(|start| case.name.starts_with(start))
+    };
+    for case in cases.filter(has_choice) {
         let want = case.compile(&Device::reference())?.run()?;
         for (precision, of_precision) in [(Precision::F32, "f32"), (Precision::F16, "f16")] {
             let graph = case.graph(precision)?;
@@ -97,6 +101,10 @@ fn every_choice(device: &Device) -> Result<(), Failed> {
             ("direct 4", "matmul"),
             ("split", "matmul_split"),
             ("split in parts", "matmul_split"),
+            ("direct", "shrink"),
+            ("split", "shrink"),
+            ("direct", "rotated_shrink"),
+            ("split", "rotated_shrink"),
         ] {
             let is_of = |name: &str| {
                 let mut words = name.split(' ');
