@@ -26,6 +26,7 @@ mod noise;
 mod parity;
 mod pipeline_cache;
 mod popularity;
+mod program;
 mod random;
 mod recomputation;
 mod rotation_facts;
@@ -58,6 +59,7 @@ fn main() {
         gradients::trials(),
         parity::trials(),
         pipeline_cache::trials(),
+        program::trials(),
         golden::trials(),
         host::trials(),
         launches::trials(),

@@ -84,9 +84,7 @@ fn operands(graph: &mut Graph, case: &Case) -> Result<Vec<Value>> {
         values.push(match ty.dtype {
             DType::I32 => graph.input(&name, ty.clone())?,
             _ => {
-                let columns = ty.shape.last();
-                let data = ramp([ty.elements() / columns, columns])?.to_f32();
-                let data = Tensor::f32(ty.dims(), data)?;
+                let data = ramp(ty.dims())?;
                 graph.parameter(&name, ty.dims(), Init::Given(data), false)?
             }
         });
