@@ -17,6 +17,7 @@ mod kernels;
 mod launches;
 mod layers;
 mod losses;
+mod measured;
 mod memory;
 mod metrics;
 mod mistakes;
@@ -65,6 +66,7 @@ fn main() {
         launches::trials(),
         layers::trials(),
         losses::trials(),
+        measured::trials(),
         memory::trials(),
         mistakes::trials(),
         recomputation::trials(),

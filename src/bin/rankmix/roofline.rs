@@ -17,6 +17,9 @@ use crate::roofline::measure::{Clock, Limits, Timed, limits, seconds};
 use crate::time::{self, Layer, layer_output, ramp};
 use crate::{DeviceArguments, StorageArguments};
 
+/// The input that an optimiser adds.
+const SCHEDULE: &str = "adamw.schedule";
+
 /// What to measure on.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -120,7 +123,12 @@ fn compiled(case: &Case, graph: &Graph, store: &ParameterStore) -> Result<Timed>
                 .set(&format!("operand {number}"), &indices)?;
         }
     }
-    Ok(timed)
+    // What an optimiser reads, where there is one: the rate and the corrections.
+    let schedule = Tensor::f32([3], vec![1e-3, 1.0, 1.0])?;
+    match timed.session().set(SCHEDULE, &schedule) {
+        Ok(()) | Err(Error::UnknownName { .. }) => Ok(timed),
+        Err(error) => Err(error),
+    }
 }
 
 fn operation(case: &Case, device: &Device, precision: Precision, limits: &Limits) -> Result<Row> {
