@@ -1,12 +1,12 @@
 //! The operations that `ops.rs` times, and at what sizes.
 
+mod training;
+
 use criterion::Throughput;
 use rankmix::ops::{
-    Activation, AdamWConstants, CoreMix, DropPolicy, Layout, LossScaling, Product, Projection,
-    Rotation, Routed,
+    Activation, CoreMix, DropPolicy, Layout, Product, Projection, Rotation, Routed,
 };
-use rankmix::train::AdamW;
-use rankmix::{Graph, Init, Result, TensorType, Value};
+use rankmix::{Graph, Result, TensorType, Value};
 
 pub type Build = Box<dyn Fn(&mut Graph, &[Value]) -> Result<Vec<Value>>>;
 
@@ -25,18 +25,31 @@ fn f(dims: &[usize]) -> TensorType {
     TensorType::f32(dims)
 }
 
+fn elements(count: usize) -> Throughput {
+    Throughput::Elements(count as u64)
+}
+
 fn i(dims: &[usize]) -> TensorType {
     TensorType::i32(dims)
 }
 
-/// Adds the gradient with respect to the first input, so that the backward kernels are timed too.
-fn with_gradient(build: impl Fn(&mut Graph, &[Value]) -> Result<Value> + 'static) -> Build {
+/// Adds the gradients with respect to the first inputs, so that the backward kernels are timed too; the last is the upstream gradient.
+fn with_gradients(
+    count: usize,
+    build: impl Fn(&mut Graph, &[Value]) -> Result<Value> + 'static,
+) -> Build {
     Box::new(move |graph, inputs| {
         let output = build(graph, inputs)?;
         let upstream = *inputs.last().unwrap_or(&output);
-        let gradients = graph.gradients_from(&[(output, upstream)], &inputs[..1])?;
-        Ok(vec![output, gradients[0]])
+        let mut outputs = graph.gradients_from(&[(output, upstream)], &inputs[..count])?;
+        outputs.push(output);
+        Ok(outputs)
     })
+}
+
+/// The same for the first input alone.
+fn with_gradient(build: impl Fn(&mut Graph, &[Value]) -> Result<Value> + 'static) -> Build {
+    with_gradients(1, build)
 }
 
 fn forward(build: impl Fn(&mut Graph, &[Value]) -> Result<Value> + 'static) -> Build {
@@ -46,7 +59,6 @@ fn forward(build: impl Fn(&mut Graph, &[Value]) -> Result<Value> + 'static) -> B
 pub fn benches() -> Vec<Bench> {
     const T: usize = 512;
     const D: usize = 1024;
-    let elements = |count: usize| Throughput::Elements(count as u64);
     let flop = |count: usize| Throughput::Elements(count as u64);
     let rotate = |op: &'static str, rotation: Rotation| Bench {
         op,
@@ -72,7 +84,7 @@ pub fn benches() -> Vec<Bench> {
         work: flop(2 * 4096 * experts * rank * rank),
         build: forward(move |g, v| g.mix_cores(v[0], v[1], v[2], mix)),
     };
-    vec![
+    let mut benches = vec![
         mix_cores("4096x16_8experts_merge_flop", CoreMix::Merge, [8, 16]),
         mix_cores("4096x16_8experts_apply_flop", CoreMix::Apply, [8, 16]),
         mix_cores("4096x16_64experts_merge_flop", CoreMix::Merge, [64, 16]),
@@ -202,11 +214,11 @@ pub fn benches() -> Vec<Bench> {
         },
         Bench {
             op: "rms_norm",
-            size: "512x1024_forward_backward",
+            size: "512x1024_forward_backward_of_both",
             inputs: vec![f(&[T, D]), f(&[D]), f(&[T, D])],
             limit: 1,
             work: elements(T * D),
-            build: with_gradient(|g, v| g.rms_norm(v[0], v[1], 1e-5)),
+            build: with_gradients(2, |g, v| g.rms_norm(v[0], v[1], 1e-5)),
         },
         Bench {
             op: "route_and_sort",
@@ -218,6 +230,15 @@ pub fn benches() -> Vec<Bench> {
                 let routed = g.route(v[0], 8, true)?;
                 Ok(vec![routed.gates, routed.segments.order()])
             }),
+        },
+        // More tokens than one kernel routes and sorts.
+        Bench {
+            op: "route",
+            size: "8192x64_top8_forward_backward",
+            inputs: vec![f(&[8192, 64]), f(&[8192, 8])],
+            limit: 1,
+            work: elements(8192 * 8),
+            build: with_gradient(|g, v| Ok(g.route(v[0], 8, true)?.gates)),
         },
         Bench {
             op: "shrink",
@@ -370,11 +391,11 @@ pub fn benches() -> Vec<Bench> {
         },
         Bench {
             op: "limit_capacity",
-            size: "32768pairs_64experts_by_gate",
-            inputs: vec![f(&[4096, 8]), i(&[4096, 8])],
+            size: "32768pairs_64experts_by_gate_forward_backward",
+            inputs: vec![f(&[4096, 8]), i(&[4096, 8]), f(&[4096, 8])],
             limit: 64,
             work: elements(4096 * 8),
-            build: forward(|g, v| {
+            build: with_gradient(|g, v| {
                 let routed = Routed {
                     gates: v[0],
                     segments: g.segments(v[1], 64)?,
@@ -395,54 +416,12 @@ pub fn benches() -> Vec<Bench> {
             }),
         },
         Bench {
-            op: "selection_bias",
-            size: "32768pairs_64experts",
-            inputs: vec![i(&[4096, 8])],
-            limit: 64,
-            work: elements(4096 * 8),
-            build: forward(|g, v| {
-                let segments = g.segments(v[0], 64)?;
-                let bias = g.parameter("bias", [64], Init::Zeros, false)?;
-                g.update_selection_bias(bias, segments, 0.001)
-            }),
-        },
-        Bench {
             op: "activate",
             size: "1048576_gelu_gated_forward_backward",
             inputs: vec![f(&[1 << 20]), f(&[1 << 20]), f(&[1 << 20])],
             limit: 1,
             work: elements(1 << 20),
             build: with_gradient(|g, v| g.activate(Activation::Gelu, v[0], Some(v[1]))),
-        },
-        Bench {
-            op: "accumulate",
-            size: "1048576",
-            inputs: vec![f(&[1 << 20]), f(&[1 << 20])],
-            limit: 1,
-            work: elements(1 << 20),
-            build: forward(|g, v| g.accumulate(v[0], v[1])),
-        },
-        Bench {
-            op: "clear",
-            size: "1048576",
-            inputs: vec![],
-            limit: 1,
-            work: elements(1 << 20),
-            build: forward(|g, _| {
-                let sum = g.parameter("sum", [1 << 20], Init::Ones, false)?;
-                g.clear(sum)
-            }),
-        },
-        Bench {
-            op: "assign",
-            size: "1048576",
-            inputs: vec![f(&[1 << 20])],
-            limit: 1,
-            work: elements(1 << 20),
-            build: forward(|g, v| {
-                let parameter = g.parameter("parameter", [1 << 20], Init::Ones, false)?;
-                g.assign(parameter, v[0])
-            }),
         },
         Bench {
             op: "exp",
@@ -461,64 +440,12 @@ pub fn benches() -> Vec<Bench> {
             build: forward(|g, v| g.mul(v[0], v[1])),
         },
         Bench {
-            op: "gradient_norm",
+            op: "copy",
             size: "1048576",
             inputs: vec![f(&[1 << 20])],
             limit: 1,
             work: elements(1 << 20),
-            build: forward(|g, v| g.gradient_norm(v, 1.0)),
-        },
-        Bench {
-            op: "adamw",
-            size: "1048576",
-            inputs: vec![f(&[1 << 20]), f(&[3])],
-            limit: 1,
-            work: elements(1 << 20),
-            build: forward(|g, v| {
-                let theta = g.parameter("theta", [1 << 20], Init::Ones, true)?;
-                let moments = [
-                    g.parameter("first", [1 << 20], Init::Zeros, false)?,
-                    g.parameter("second", [1 << 20], Init::Zeros, false)?,
-                ];
-                g.adamw_step(theta, moments, v[0], v[1], None, AdamWConstants::default())
-            }),
-        },
-        // The scale, the gradient, its norm, the next scale and AdamW; the schedule is the optimiser's own input.
-        Bench {
-            op: "loss_scale",
-            size: "1048576_scaled_adamw_step",
-            inputs: vec![f(&[1 << 20])],
-            limit: 1,
-            work: elements(1 << 20),
-            build: Box::new(|g, v| {
-                let theta = g.parameter("theta", [1 << 20], Init::Ones, true)?;
-                let product = g.mul(theta, v[0])?;
-                let loss = g.sum_all(product)?;
-                let gradients = g.backward_scaled(loss, LossScaling::default())?;
-                AdamW::default().add_to(g, &gradients)?;
-                Ok(vec![loss])
-            }),
-        },
-        Bench {
-            op: "router_losses",
-            size: "4096x64_top8_forward_backward",
-            inputs: vec![f(&[4096, 64]), i(&[4096, 8])],
-            limit: 64,
-            work: elements(4096 * 64),
-            build: Box::new(|g, v| {
-                let balance = g.balance_loss(v[0], v[1])?.loss;
-                let z = g.z_loss(v[0])?;
-                let loss = g.add(balance, z)?;
-                g.gradients(loss, &v[..1])
-            }),
-        },
-        Bench {
-            op: "cross_entropy",
-            size: "512x1024",
-            inputs: vec![f(&[T, D]), i(&[T])],
-            limit: D,
-            work: elements(T * D),
-            build: forward(|g, v| g.cross_entropy(v[0], v[1])),
+            build: forward(|g, v| g.copy(v[0])),
         },
         Bench {
             op: "embedding",
@@ -542,5 +469,7 @@ pub fn benches() -> Vec<Bench> {
         rotate("butterfly", Rotation::Butterfly),
         rotate("brick_wall_4", Rotation::BrickWall { layers: 4 }),
         rotate("householder", Rotation::Householder),
-    ]
+    ];
+    benches.extend(training::benches());
+    benches
 }

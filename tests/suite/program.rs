@@ -74,7 +74,7 @@ fn absurd_sizes_are_refused(program: &str, command: &str, device: &str) -> Resul
                     .args(layer_arguments(layer, (option, size)))
                     .output()?;
                 let what = format!("{command} --layer {layer} {option} {size}");
-                let said = ["elements in one tensor", "must", "at most"];
+                let said = ["the limit is", "must"];
                 refused(&what, &output, &said)?;
             }
         }
