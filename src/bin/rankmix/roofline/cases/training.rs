@@ -14,8 +14,9 @@ pub(super) fn cases() -> Vec<Case> {
     let x = || f(&[ROWS, WIDTH]);
     let size = "32768x1024";
     vec![
-        case("accumulate", size, vec![x(), x()], |g, v| {
-            g.accumulate(v[0], v[1])
+        case("accumulate", size, vec![x()], |g, v| {
+            let sum = parameter(g, ROWS)?;
+            g.accumulate_into(sum, v[0], 1.0)
         }),
         case("clear", size, vec![], |g, _| {
             let parameter = parameter(g, ROWS)?;
