@@ -123,7 +123,10 @@ impl HostExecutor {
     ) -> Result<Self> {
         let mut memory = HashMap::new();
         for (index, bytes) in plan.pool.iter().enumerate() {
-            memory.insert(Place::Pool(index), zeros("computed values", *bytes)?);
+            memory.insert(
+                Place::Pool(index),
+                zeros("the pool of computed values", *bytes)?,
+            );
         }
         for &index in &plan.inputs {
             let bytes = compiled.types[index as usize].elements() as u64 * 8;

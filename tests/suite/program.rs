@@ -85,8 +85,8 @@ fn absurd_sizes_are_refused(program: &str, command: &str, device: &str) -> Resul
 /// Sizes that a graph allows and the system does not.
 #[cfg(target_os = "linux")]
 fn memory_that_is_not_there_is_an_error(program: &str) -> Result<(), Failed> {
-    // 8 GB of addresses, as that is what the system is sure to refuse by: its memory may be any.
-    let limited = r#"ulimit -v 8000000; exec "$0" "$@""#;
+    // 4 GB of addresses, as that is what the system is sure to refuse by: its memory may be any.
+    let limited = r#"ulimit -v 4000000; exec "$0" "$@""#;
     for (layer, option, size) in [
         ("lora", "--tokens", 100_000_000),
         ("lora", "--d-in", 100_000_000),
