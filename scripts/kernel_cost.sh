@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What real GPUs' compilers make of every entry point at the tile that its file gives, without the GPUs: registers, spills, scratch memory,
-# occupancy, workgroup memory, instructions. Mesa's drivers compile for GPUs that are not there; nothing executes.
+# What real GPUs' compilers make of every entry point that GPUs are given (*_subgroup.wgsl is for software adapters) at the tile that its file
+# gives, without the GPUs: registers, spills, scratch memory, occupancy, workgroup memory, instructions. Mesa's drivers compile for GPUs that are not there; nothing executes.
 #
 # usage: scripts/kernel_cost.sh               AMD's Vega 10, Navi 21 and Navi 31, with a pinned Mesa: a table, and exit status 1 if a kernel
 #                                             spills that kernel_cost_allowed.txt does not name (at every other tile too: check_shaders.sh)

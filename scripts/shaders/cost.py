@@ -124,6 +124,17 @@ def amd(folder, kernels):
     return len(files) * len(EVERY_TIME), findings
 
 
+def in_table(kernels):
+    """Each entry point once, with the constants that its file gives: in 32 bits, or in packed halves if it is launched with halves alone."""
+    at_default = [kernel for kernel in of_gpus(kernels) if not kernel.constants and kernel.trusted != "-"]
+    in_32_bits = {(kernel.place, kernel.entry) for kernel in at_default if kernel.form == "f32"}
+    packed = {}
+    for kernel in at_default:
+        if kernel.form == "packed" and (kernel.place, kernel.entry) not in in_32_bits:
+            packed.setdefault((kernel.place, kernel.entry), kernel)
+    return [kernel for kernel in at_default if kernel.form == "f32" or packed.get((kernel.place, kernel.entry)) is kernel]
+
+
 def rows(folder, kernels, device):
     """A row of the table for each kernel, and the kernels that spill."""
     found = statistics(folder, texts(kernels, "trusted"), device)
@@ -137,7 +148,7 @@ def rows(folder, kernels, device):
             continue
         spills = sum(number(values, name) for name in vendor.spills)
         table.append([
-            f"{os.path.basename(kernel.place).split('.')[0]} `{kernel.entry}`",
+            f"{os.path.basename(kernel.place).split('.')[0]} `{kernel.entry}`{'' if kernel.form == 'f32' else ', packed halves'}",
             number(values, vendor.registers), spills, number(values, vendor.scratch) if vendor.scratch else "",
             number(values, vendor.occupancy), number(values, vendor.memory) if vendor.memory else "",
             number(values, vendor.instructions), number(values, vendor.cycles) if vendor.cycles else "",
@@ -180,8 +191,7 @@ def main():
     everything = "--all" in arguments
     document = arguments[arguments.index("--markdown") + 1] if "--markdown" in arguments else None
     devices = EVERY_TIME + ON_REQUEST if everything else EVERY_TIME
-    # Each entry point once, with the constants that its file gives.
-    kernels = [kernel for kernel in of_gpus(read(folder)) if kernel.form == "f32" and not kernel.constants and kernel.trusted != "-"]
+    kernels = in_table(read(folder))
     allowed, failed, written = Allowed(), 0, ""
     for device in devices:
         table, wrong = rows(folder, kernels, device)

@@ -41,15 +41,29 @@ impl Elements {
     }
 }
 
-fn pack<T: bytemuck::Pod>(elements: &[T]) -> HostBuffer {
+/// Memory of so many bytes, all 0, if the system gives that much: many systems give more than they have, and end a process that uses it.
+fn zeros(thing: &str, bytes: u64) -> Result<HostBuffer> {
+    let words = usize::try_from(bytes.div_ceil(8)).map_err(|_| ());
+    let zeros = words.and_then(bytemuck::allocation::try_zeroed_vec);
+    zeros.map_err(|()| Error::OutOfMemory {
+        thing: thing.to_owned(),
+        bytes,
+    })
+}
+
+fn pack<T: bytemuck::Pod>(elements: &[T]) -> Result<HostBuffer> {
     let bytes: &[u8] = bytemuck::cast_slice(elements);
-    let mut words = vec![0_u64; bytes.len().div_ceil(8)];
+    let mut words = zeros("a tensor", bytes.len() as u64)?;
     bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(bytes);
-    words
+    Ok(words)
 }
 
 /// A tensor's elements as a host buffer.
-pub(crate) fn host_words(tensor: &Tensor, float: HostFloat, storage: Storage) -> HostBuffer {
+pub(crate) fn host_words(
+    tensor: &Tensor,
+    float: HostFloat,
+    storage: Storage,
+) -> Result<HostBuffer> {
     match (tensor.data(), Elements::new(float, storage)) {
         (TensorData::I32(data), _) => pack(data),
         (TensorData::F32(data), Elements::Floats(HostFloat::F32)) => pack(data),
@@ -106,32 +120,37 @@ impl HostExecutor {
         plan: &Plan,
         compiled: &Compiled,
         parameters: HashMap<usize, Arc<Mutex<HostBuffer>>>,
-    ) -> Self {
+    ) -> Result<Self> {
         let mut memory = HashMap::new();
         for (index, bytes) in plan.pool.iter().enumerate() {
-            memory.insert(Place::Pool(index), vec![0; bytes.div_ceil(8) as usize]);
+            memory.insert(
+                Place::Pool(index),
+                zeros("the pool of computed values", *bytes)?,
+            );
         }
         for &index in &plan.inputs {
             let bytes = compiled.types[index as usize].elements() as u64 * 8;
-            memory.insert(Place::Input(index), vec![0; bytes.div_ceil(8) as usize]);
+            let words = zeros(&compiled.descriptions[index as usize], bytes)?;
+            memory.insert(Place::Input(index), words);
         }
         for (index, tensor) in &compiled.constants {
             memory.insert(
                 Place::Constant(*index),
-                host_words(tensor, float, Storage::F32),
+                host_words(tensor, float, Storage::F32)?,
             );
         }
-        Self {
+        Ok(Self {
             float,
             checked,
             memory,
             parameters,
-        }
+        })
     }
 
-    pub(crate) fn write(&mut self, place: Place, tensor: &Tensor) {
-        self.memory
-            .insert(place, host_words(tensor, self.float, Storage::F32));
+    pub(crate) fn write(&mut self, place: Place, tensor: &Tensor) -> Result<()> {
+        let words = host_words(tensor, self.float, Storage::F32)?;
+        self.memory.insert(place, words);
+        Ok(())
     }
 
     pub(crate) fn read(&self, place: Place, ty: &TensorType, storage: Storage) -> Result<Tensor> {

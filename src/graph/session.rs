@@ -132,7 +132,7 @@ impl Graph {
                 &plan,
                 &compiled,
                 host_parameters,
-            )),
+            )?),
         };
         let written = plan.inputs.iter().map(|&input| (input, false)).collect();
         let mut session = Session {
@@ -233,10 +233,7 @@ impl Session {
     fn write_memory(&mut self, input: u32, tensor: &Tensor) -> Result<()> {
         match &mut self.executor {
             Executor::Gpu(gpu) => gpu.write(&self.plan, input, tensor),
-            Executor::Host(host) => {
-                host.write(Place::Input(input), tensor);
-                Ok(())
-            }
+            Executor::Host(host) => host.write(Place::Input(input), tensor),
         }
     }
 

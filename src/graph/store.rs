@@ -274,7 +274,7 @@ impl ParameterStore {
             }
             (Memory::Host(words), Kind::Host { float, .. }) => {
                 *words.lock().unwrap_or_else(PoisonError::into_inner) =
-                    host_words(tensor, *float, entry.storage);
+                    host_words(tensor, *float, entry.storage)?;
                 Ok(())
             }
             _ => unreachable!("an entry is made on the store's own device"),
@@ -428,22 +428,26 @@ fn start(spec: &ParameterSpec, seed: u64) -> Result<Tensor> {
     if let Init::Given(tensor) = &spec.init {
         return Ok(tensor.clone());
     }
-    let data = match spec.init {
-        Init::Zeros => vec![0.0; count],
-        Init::Ones => vec![1.0; count],
-        Init::Uniform { bound } => (0..count).map(|_| (2.0 * unit() - 1.0) * bound).collect(),
-        Init::Normal { deviation } => (0..count)
-            .map(|_| {
-                deviation * (-2.0 * unit().ln()).sqrt() * (std::f32::consts::TAU * unit()).cos()
-            })
-            .collect(),
+    let mut data = Vec::new();
+    data.try_reserve_exact(count)
+        .map_err(|_| Error::OutOfMemory {
+            thing: format!("the parameter `{}`", spec.name),
+            bytes: spec.ty.bytes() as u64,
+        })?;
+    match spec.init {
+        Init::Zeros => data.resize(count, 0.0),
+        Init::Ones => data.resize(count, 1.0),
+        Init::Uniform { bound } => data.extend((0..count).map(|_| (2.0 * unit() - 1.0) * bound)),
+        Init::Normal { deviation } => data.extend((0..count).map(|_| {
+            deviation * (-2.0 * unit().ln()).sqrt() * (std::f32::consts::TAU * unit()).cos()
+        })),
         Init::Provided | Init::Copy { .. } | Init::Given(_) => {
             return Err(Error::UnknownName {
                 kind: "provided parameter",
                 name: spec.name.clone(),
             });
         }
-    };
+    }
     Tensor::new(spec.ty.shape.clone(), TensorData::F32(data))
 }
 

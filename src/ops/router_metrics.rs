@@ -8,8 +8,8 @@ use crate::graph::{Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
 use crate::ops::{
-    HostIo, LaunchTypes, Op, Real, Segments, TOTAL_WORKGROUP, dims_f32, expect_count, expect_i32,
-    row_workgroup, shader,
+    HostIo, LaunchTypes, Op, Real, Segments, TOTAL_WORKGROUP, Work, dims_f32, expect_count,
+    expect_i32, row_workgroup, shader,
 };
 use crate::tensor::TensorType;
 
@@ -87,6 +87,13 @@ impl Metrics {
 impl Op for Metrics {
     fn name(&self) -> &'static str {
         "router_metrics"
+    }
+
+    fn work(&self, io: LaunchTypes<'_>) -> Result<Work> {
+        // The difference to the maximum, exp, its sum, its product with the difference and their sum; each row's logarithm, division, difference
+        // and sum.
+        let [tokens, experts] = dims_f32(self.name(), "the logits", &io.inputs[0])?;
+        Ok(Work::moving(io).with_flops(tokens * (5 * experts + 4)))
     }
 
     fn keeps_f32(&self, _output: usize) -> bool {

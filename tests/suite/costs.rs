@@ -79,6 +79,19 @@ const COUNTED: &[(&str, Build, u64, u64)] = &[
         6 * (2 * 10 * 4 + 4),
         4 * (24 + 80 + 6 + 6 + 30),
     ),
+    // 6 pairs; x [3, 10], A [2, 4, 10], V [2, 2, 10], order 6, offsets 3, u [6, 4]; two planes a pair, eight FLOP each.
+    (
+        "rotated_shrink",
+        |g| {
+            let x = f(g, "x", &[3, 10])?;
+            let (a, v) = (f(g, "a", &[2, 4, 10])?, f(g, "v", &[2, 2, 10])?);
+            let experts = experts(g, [3, 2])?;
+            let segments = g.segments(experts, 2)?;
+            Ok(g.rotated_shrink(x, a, v, segments)?[0])
+        },
+        6 * (2 * (4 + 2) * 10 + 2 * 8),
+        4 * (30 + 80 + 40 + 6 + 3 + 24),
+    ),
     // The weight gradient of shrink: dz [6, 4], x [3, 10], order 6, offsets 3, dW [2, 4, 10].
     (
         "segment_outer",
@@ -146,6 +159,18 @@ const COUNTED: &[(&str, Build, u64, u64)] = &[
         },
         5 * 2 * 4,
         4 * (40 + 10),
+    ),
+    // Only the entropy is wanted: five FLOP a logit, four a token; the logits, the offsets of 8 experts.
+    (
+        "router_metrics",
+        |g| {
+            let logits = f(g, "logits", &[3, 8])?;
+            let experts = experts(g, [3, 2])?;
+            let segments = g.segments(experts, 8)?;
+            Ok(g.router_metrics(logits, segments, None)?.entropy)
+        },
+        3 * (5 * 8 + 4),
+        4 * (24 + 9 + 1),
     ),
     // A view costs nothing.
     (

@@ -17,6 +17,7 @@ mod kernels;
 mod launches;
 mod layers;
 mod losses;
+mod measured;
 mod memory;
 mod metrics;
 mod mistakes;
@@ -26,6 +27,7 @@ mod noise;
 mod parity;
 mod pipeline_cache;
 mod popularity;
+mod program;
 mod random;
 mod recomputation;
 mod rotation_facts;
@@ -58,11 +60,13 @@ fn main() {
         gradients::trials(),
         parity::trials(),
         pipeline_cache::trials(),
+        program::trials(),
         golden::trials(),
         host::trials(),
         launches::trials(),
         layers::trials(),
         losses::trials(),
+        measured::trials(),
         memory::trials(),
         mistakes::trials(),
         recomputation::trials(),

@@ -17,6 +17,9 @@ use crate::roofline::measure::{Clock, Limits, Timed, limits, seconds};
 use crate::time::{self, Layer, layer_output, ramp};
 use crate::{DeviceArguments, StorageArguments};
 
+/// The input that an optimiser adds.
+const SCHEDULE: &str = "adamw.schedule";
+
 /// What to measure on.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -84,9 +87,7 @@ fn operands(graph: &mut Graph, case: &Case) -> Result<Vec<Value>> {
         values.push(match ty.dtype {
             DType::I32 => graph.input(&name, ty.clone())?,
             _ => {
-                let columns = ty.shape.last();
-                let data = ramp([ty.elements() / columns, columns])?.to_f32();
-                let data = Tensor::f32(ty.dims(), data)?;
+                let data = ramp(ty.dims())?;
                 graph.parameter(&name, ty.dims(), Init::Given(data), false)?
             }
         });
@@ -122,7 +123,12 @@ fn compiled(case: &Case, graph: &Graph, store: &ParameterStore) -> Result<Timed>
                 .set(&format!("operand {number}"), &indices)?;
         }
     }
-    Ok(timed)
+    // What an optimiser reads, where there is one: the rate and the corrections.
+    let schedule = Tensor::f32([3], vec![1e-3, 1.0, 1.0])?;
+    match timed.session().set(SCHEDULE, &schedule) {
+        Ok(()) | Err(Error::UnknownName { .. }) => Ok(timed),
+        Err(error) => Err(error),
+    }
 }
 
 fn operation(case: &Case, device: &Device, precision: Precision, limits: &Limits) -> Result<Row> {

@@ -9,7 +9,9 @@ use rankmix::layers::{
     MoeLora, RotMole, Routing,
 };
 use rankmix::ops::Rotation;
-use rankmix::{Device, Error, Graph, ParameterStore, Result, Session, Tensor, TensorType, Value};
+use rankmix::{
+    Device, Error, Graph, ParameterStore, Result, Session, Shape, Tensor, TensorType, Value,
+};
 use serde::Serialize;
 
 use crate::{DeviceArguments, StorageArguments};
@@ -203,15 +205,26 @@ pub(crate) fn layer_output(options: &Options, graph: &mut Graph, x: Value) -> Re
     }
 }
 
-/// Numbers in -1..1 that are all different: timing zeros would flatter some hardware.
-pub(crate) fn ramp(shape: [usize; 2]) -> Result<Tensor> {
-    let count = shape[0] * shape[1];
-    Tensor::f32(
-        shape,
-        (0..count)
-            .map(|i| (i as f32 * 0.618_034).fract() * 2.0 - 1.0)
-            .collect(),
-    )
+/// Numbers in -1..1 that are all different: timing zeros would flatter some hardware. A graph should have accepted the shape.
+pub(crate) fn ramp(shape: impl Into<Shape>) -> Result<Tensor> {
+    ramp_within(1.0, shape.into())
+}
+
+fn ramp_within(bound: f32, shape: Shape) -> Result<Tensor> {
+    let bytes = shape
+        .dims()
+        .iter()
+        .try_fold(size_of::<f32>(), |bytes, &extent| bytes.checked_mul(extent))
+        .unwrap_or(usize::MAX);
+    let count = bytes / size_of::<f32>();
+    let mut data = Vec::new();
+    data.try_reserve_exact(count)
+        .map_err(|_| Error::OutOfMemory {
+            thing: "an operand on the host".to_owned(),
+            bytes: bytes as u64,
+        })?;
+    data.extend((0..count).map(|i| ((i as f32 * 0.618_034).fract() * 2.0 - 1.0) * bound));
+    Tensor::f32(shape, data)
 }
 
 /// Seconds of a session's runs.
@@ -280,32 +293,25 @@ pub(crate) fn step_graph(options: &Options) -> Result<Graph> {
 fn measure(options: &Options, device: &Device) -> Result<Timing> {
     let [x_shape, y_shape] = options.shapes();
     let store = ParameterStore::new(device);
-    let x_data = ramp(x_shape)?;
-
     let mut graph = Graph::new();
     graph.set_precision(options.storage.precision());
     let x = graph.input("x", TensorType::f32(x_shape))?;
     let output = layer_output(options, &mut graph, x)?;
     graph.output(output)?;
+    // Both graphs before any memory is taken: building them is what checks the sizes.
+    let step_graph = step_graph(options)?;
     store.initialize(&graph, 1)?;
     // B and the rotation gate start at zero; numbers that are not keep every kernel honest.
     for spec in graph.parameters().iter().filter(|spec| spec.trainable) {
-        let dims = spec.ty.dims();
-        let columns = spec.ty.shape.last();
-        let data = ramp([spec.ty.elements() / columns, columns])?
-            .to_f32()
-            .iter()
-            .map(|x| 0.05 * x)
-            .collect();
-        store.insert(&spec.name, &Tensor::f32(dims, data)?)?;
+        store.insert(&spec.name, &ramp_within(0.05, spec.ty.shape.clone())?)?;
     }
     let (mut forward, forward_compile_seconds) = timed_compile(&graph, &store)?;
+    let x_data = ramp(x_shape)?;
     forward.set("x", &x_data)?;
     let forward_runs = time_runs(&mut forward)?;
     drop(forward);
 
-    let graph = step_graph(options)?;
-    let (mut step, step_compile_seconds) = timed_compile(&graph, &store)?;
+    let (mut step, step_compile_seconds) = timed_compile(&step_graph, &store)?;
     step.set("x", &x_data)?;
     step.set("upstream", &ramp(y_shape)?)?;
     let step_runs = time_runs(&mut step)?;

@@ -1,10 +1,11 @@
 //! `rankmix tune`.
 
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{self, ExitCode};
 
 use clap::ValueEnum;
-use rankmix::device::{KernelChoices, TunedKernels};
+use rankmix::device::{AdapterSummary, KernelChoices, TunedKernels};
 use rankmix::graph::TunedOperation;
 use rankmix::{Error, Result};
 use serde::Serialize;
@@ -62,6 +63,44 @@ fn print(operation: &TunedOperation) {
     }
 }
 
+/// The folder that a file is in.
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// What the file holds; nothing where there is none.
+fn held(path: &Path) -> Result<TunedKernels> {
+    if path.exists() {
+        TunedKernels::load(path)
+    } else {
+        Ok(TunedKernels::default())
+    }
+}
+
+/// That a file can be made in the folder: what cannot be kept need not be measured.
+fn can_be_written(folder: &Path) -> Result<()> {
+    let probe = folder.join(format!(".rankmix-tune-{}.partial", process::id()));
+    let made = fs::File::create_new(&probe).and_then(|_| fs::remove_file(&probe));
+    made.map_err(|source| Error::File {
+        path: folder.to_owned(),
+        source,
+    })
+}
+
+/// Adds the choices to what the file holds by now: others may have added theirs while this adapter was measured.
+fn keep(path: &Path, adapter: &AdapterSummary, choices: &KernelChoices) -> Result<()> {
+    // One at a time from reading to writing. Where a folder cannot be opened or locked (Windows, some network file systems), whoever
+    // reads within another's few milliseconds between the two still writes without what that one added.
+    let folder = fs::File::open(folder_of(path));
+    let _lock = folder.ok().filter(|folder| folder.lock().is_ok());
+    let mut file = held(path)?;
+    file.insert(adapter, choices);
+    file.save(path)
+}
+
 pub(crate) fn run(mut options: Options) -> Result<ExitCode> {
     let device = options.layer.device.open()?;
     let Some(adapter) = device.adapter() else {
@@ -74,11 +113,8 @@ pub(crate) fn run(mut options: Options) -> Result<ExitCode> {
         });
     };
     // Before the work, so that a file that cannot be used is known at once.
-    let mut file = if options.out.exists() {
-        TunedKernels::load(&options.out)?
-    } else {
-        TunedKernels::default()
-    };
+    held(&options.out)?;
+    can_be_written(folder_of(&options.out))?;
     if !options.layer.json {
         println!(
             "kernels on {}; * the one chosen, the first the built-in rule's",
@@ -106,8 +142,7 @@ pub(crate) fn run(mut options: Options) -> Result<ExitCode> {
             rows.push(operation.into());
         }
     }
-    file.insert(adapter, &choices);
-    file.save(&options.out)?;
+    keep(&options.out, adapter, &choices)?;
     if options.layer.json {
         let text = serde_json::to_string(&rows).map_err(|error| Error::Gpu {
             thing: "writing JSON".to_owned(),

@@ -8,7 +8,7 @@ pub mod sweep;
 pub mod translate;
 pub mod write;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rankmix::device::{Access, AdapterClass, Capabilities, Launch};
 use rankmix::{Graph, Precision};
@@ -58,14 +58,19 @@ impl Kernel {
         self.launch.shader.source.contains("enable f16;")
     }
 
-    /// The kernel with the constants that its file gives, if it binds everything that it reads then.
-    fn at_default_tile(&self) -> Option<Self> {
+    /// The kernel with the constants that its file gives, if it binds everything that it reads then. `in_32_bits` are the entry points that are
+    /// launched so; the others, which write nothing but halves, have it in packed halves, which every adapter reads.
+    fn at_default_tile(&self, in_32_bits: &BTreeSet<(String, &str)>) -> Option<Self> {
+        let has_32_bits = in_32_bits.contains(&(self.path.clone(), self.launch.entry));
+        if self.form() != if has_32_bits { "f32" } else { "packed" } {
+            return None;
+        }
         let mut launch = self.launch.clone();
         launch.constants.clear();
         let kernel = Self::new(launch);
         let parsed = translate::Parsed::new(&kernel).ok()?;
         limits::bindings_agree(&parsed, &kernel).ok()?;
-        (self.form() == "f32").then_some(kernel)
+        Some(kernel)
     }
 
     pub fn constants(&self) -> String {
@@ -210,9 +215,14 @@ pub fn of_sweep() -> Vec<Kernel> {
 pub fn all() -> Vec<Kernel> {
     let mut collection = Collection::default();
     let launched: Vec<Kernel> = of_cases().into_iter().chain(of_sweep()).collect();
+    let in_32_bits = launched
+        .iter()
+        .filter(|kernel| kernel.form() == "f32")
+        .map(|kernel| (kernel.path.clone(), kernel.launch.entry))
+        .collect();
     let defaults: Vec<Kernel> = launched
         .iter()
-        .filter_map(Kernel::at_default_tile)
+        .filter_map(|kernel| kernel.at_default_tile(&in_32_bits))
         .collect();
     for kernel in launched.into_iter().chain(defaults) {
         collection.insert(kernel);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use rankmix::device::AdapterClass;
 use rankmix::graph::Cost;
 use rankmix::ops::{CopyForm, MultiplyAdds};
-use rankmix::{Device, Graph, Init, ParameterStore, Result, Session, Tensor, TensorType, Value};
+use rankmix::{Device, Graph, Init, ParameterStore, Result, Session, TensorType, Value};
 use serde::Serialize;
 
 use crate::time::{median, ramp};
@@ -156,8 +156,7 @@ fn on_one_operand(
     let y = build(&mut graph, x)?;
     graph.output(y)?;
     let mut timed = Timed::new(&graph, &ParameterStore::new(device))?;
-    let operand = Tensor::f32([elements], ramp([1, elements])?.to_f32())?;
-    timed.session.set("x", &operand)?;
+    timed.session.set("x", &ramp([elements])?)?;
     Ok((timed, graph.cost()?))
 }
 
