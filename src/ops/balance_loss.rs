@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
+use crate::ops::host_sum::total_of;
 use crate::ops::{
     HostIo, IndexRange, LaunchTypes, Op, Real, TOTAL_WORKGROUP, Work, dims_f32, expect_count,
     expect_f32, row_workgroup, shader,
@@ -137,7 +138,8 @@ impl Balance {
             .map(|logits| mix(logits, load).0)
             .collect();
         let factor = self.0.factor(io.input_type(1)?.shape.last());
-        loss[0] = R::of((experts * factor) as f64 / mixed.len() as f64) * mixed.into_iter().sum();
+        let scale = R::of((experts * factor) as f64 / mixed.len() as f64);
+        loss[0] = scale * total_of(&mixed, |mixed| mixed);
         Ok(())
     }
 }
