@@ -16,6 +16,7 @@ mod host;
 mod kernels;
 mod launches;
 mod layers;
+mod long_sums;
 mod losses;
 mod memory;
 mod metrics;
@@ -33,6 +34,7 @@ mod route_and_sort;
 mod routing_facts;
 mod shaders;
 mod storage;
+mod threads;
 mod training;
 mod tuning;
 
@@ -62,6 +64,7 @@ fn main() {
         host::trials(),
         launches::trials(),
         layers::trials(),
+        long_sums::trials(),
         losses::trials(),
         memory::trials(),
         mistakes::trials(),
@@ -74,6 +77,7 @@ fn main() {
         routing_facts::trials(),
         shaders::trials(),
         storage::trials(),
+        threads::trials(),
         training::trials(),
         tuning::trials(),
     ]
