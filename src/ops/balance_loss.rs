@@ -15,6 +15,10 @@ use crate::ops::{
 };
 use crate::tensor::{DType, TensorType};
 
+/// More choices than that are counted by a large workgroup on software drivers too: llvmpipe leaves a kernel's loops after 65,536 turns in all,
+/// without a word.
+const LONG: usize = 1 << 16;
+
 /// The two forms of the load-balancing loss in use: one is `top_k` times the other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -203,9 +207,14 @@ impl Op for Balance {
         let launch = |entry| launch(entry, [tokens, experts], choices, factor);
         let mut launches = Launches::default();
         let mixed = launches.scratch_words(tokens);
+        let workgroup = if choices > LONG {
+            TOTAL_WORKGROUP
+        } else {
+            row_workgroup(choices, capabilities)
+        };
         launches.launches.push(
             launch("load")
-                .constant("WORKGROUP", row_workgroup(choices, capabilities))
+                .constant("WORKGROUP", workgroup)
                 .read(2, Slot::Input(1))
                 .write(3, Slot::Output(1))
                 .folded(experts, capabilities)?,

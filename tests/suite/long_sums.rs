@@ -61,7 +61,7 @@ fn of_everything(device: &Device) -> Result<(), Failed> {
     })
 }
 
-/// The gradients of a bias, of a norm's weight and of a row of a table.
+/// The gradients of a bias and of a norm's weight.
 fn over_rows(device: &Device) -> Result<(), Failed> {
     let columns = 8;
     let sum = 0.1_f32;
@@ -73,18 +73,30 @@ fn over_rows(device: &Device) -> Result<(), Failed> {
         let y = graph.rms_norm(ones, weight, 1e-12)?;
         let product = graph.mul(y, x)?;
         let loss = graph.sum_all(product)?;
-        let table = graph.constant(constant(&[1, columns], 1.0)?)?;
-        let ids = graph.constant(Tensor::i32([ROWS], vec![0; ROWS])?)?;
-        let rows = graph.embedding(table, ids)?;
-        let product = graph.mul(rows, x)?;
-        let embedded = graph.sum_all(product)?;
         let of_weight = graph.gradients(loss, &[weight])?[0];
-        let of_table = graph.gradients(embedded, &[table])?[0];
         Ok(vec![
             ("the sum of columns", graph.sum(x, &[0])?, total),
             ("the norm's weight's gradient", of_weight, total),
-            ("the table's gradient", of_table, total),
         ])
+    })
+}
+
+/// The gradient of the row of a table that every place has: padding, say.
+fn of_one_id(device: &Device) -> Result<(), Failed> {
+    let (places, columns) = (250_000, 3);
+    let sum = 0.1_f32;
+    check(device, &[places, columns], sum, |graph, x| {
+        let table = graph.constant(constant(&[2, columns], 1.0)?)?;
+        let ids = graph.constant(Tensor::i32([places], vec![1; places])?)?;
+        let rows = graph.embedding(table, ids)?;
+        let product = graph.mul(rows, x)?;
+        let loss = graph.sum_all(product)?;
+        let gradient = graph.gradients(loss, &[table])?[0];
+        let last = graph.constant(Tensor::f32([2, 1], vec![0.0, 1.0])?)?;
+        let gradient = graph.mul(gradient, last)?;
+        let gradient = graph.sum(gradient, &[0])?;
+        let expected = f64::from(sum) * places as f64;
+        Ok(vec![("the table's gradient", gradient, expected)])
     })
 }
 
@@ -117,6 +129,7 @@ fn of_losses(device: &Device) -> Result<(), Failed> {
 pub fn trials() -> Vec<Trial> {
     let mut trials = devices::own_trials("long_sums::of_everything", of_everything);
     trials.extend(devices::own_trials("long_sums::over_rows", over_rows));
+    trials.extend(devices::own_trials("long_sums::of_one_id", of_one_id));
     trials.extend(devices::own_trials("long_sums::of_losses", of_losses));
     trials
 }
