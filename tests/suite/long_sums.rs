@@ -32,7 +32,8 @@ fn check(
     let read: Vec<Value> = results.iter().map(|(_, result, _)| *result).collect();
     let mut wrong = Vec::new();
     for ((name, _, expected), found) in results.iter().zip(session.run_reading(&read)?) {
-        let far = |found: &f64| !((found - expected).abs() <= TOLERANCE * expected.abs());
+        let far =
+            |found: &f64| found.is_nan() || (found - expected).abs() > TOLERANCE * expected.abs();
         let found = found.to_f64();
         wrong.extend(
             (found.iter().find(|found| far(found)))
