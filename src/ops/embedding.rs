@@ -28,7 +28,7 @@ impl Graph {
     /// Rows of `table` (`[rows, width]`) by `ids` (integers in `0..rows`, any shape): the shape of the ids, then the width.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) if the table is not a matrix or the ids are not integers.
+    /// [`Error::Shape`] if the table is not a matrix or the ids are not integers.
     pub fn embedding(&mut self, table: Value, ids: Value) -> Result<Value> {
         self.apply1(Embedding, &[table, ids])
     }
