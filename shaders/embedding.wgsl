@@ -8,6 +8,8 @@
 
 override WORKGROUP: u32 = 64u;
 
+const CHUNK = 1024u;
+
 struct Params {
   elements: u32,
   width: u32,
@@ -30,14 +32,28 @@ fn forward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
   y[element] = x[row * params.width + element % params.width];
 }
 
+fn term(place: u32, column: u32) -> f32 {
+  return x[order[place] * params.width + column];
+}
+
 @compute @workgroup_size(WORKGROUP)
 fn backward(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
   let element = (workgroup.y * params.groups_per_row + workgroup.x) * WORKGROUP + local;
   if (element >= params.elements) { return; }
   let row = element / params.width;
   let column = element % params.width;
+  // In chunks, because one id may have very many places; by fours, because software drivers cut long loops short.
   var sum = 0.0;
   let end = offsets[row + 1u];
-  for (var place = offsets[row]; place < end; place++) { sum += x[order[place] * params.width + column]; }
+  var place = offsets[row];
+  while (place < end) {
+    let stop = min(place + CHUNK, end);
+    var four = vec4(0.0);
+    for (; place + 4u <= stop; place += 4u) {
+      four += vec4(term(place, column), term(place + 1u, column), term(place + 2u, column), term(place + 3u, column));
+    }
+    for (; place < stop; place++) { four.x += term(place, column); }
+    sum += (four.x + four.y) + (four.z + four.w);
+  }
   y[element] = sum;
 }

@@ -5,6 +5,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::host_chunks::{LIGHT_CHUNK, for_chunks};
 use crate::ops::spread::element_wise;
 use crate::ops::{
     Alias, AliasKind, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_f32, shader,
@@ -62,9 +63,12 @@ impl Graph {
 impl Accumulate {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let (addend, scale) = (io.floats(1)?, R::of(self.scale));
-        for (sum, &addend) in io.floats_out(0)?.iter_mut().zip(addend) {
-            *sum += scale * addend;
-        }
+        let sum = io.floats_out(0)?;
+        for_chunks(sum.len(), LIGHT_CHUNK, [sum], |at, [sum]| {
+            for (sum, &addend) in sum.iter_mut().zip(&addend[at]) {
+                *sum += scale * addend;
+            }
+        });
         Ok(())
     }
 }

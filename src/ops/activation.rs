@@ -6,6 +6,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::host_chunks::{HEAVY_CHUNK, for_chunks, map_elements};
 use crate::ops::silu::sigmoids;
 use crate::ops::spread::element_wise;
 use crate::ops::{
@@ -135,14 +136,15 @@ fn launch(activation: Activation, gated: bool, entry: &'static str) -> Launch {
 
 impl Activate {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        let h = io.floats_out(0)?;
-        for (h, &gate) in h.iter_mut().zip(io.floats(0)?) {
-            *h = self.activation.value(gate);
-        }
+        let (gate, h) = (io.floats(0)?, io.floats_out(0)?);
+        let activation = self.activation;
         if self.gated {
-            for (h, &up) in h.iter_mut().zip(io.floats(1)?) {
-                *h *= up;
-            }
+            let operands = [gate, io.floats(1)?];
+            map_elements(HEAVY_CHUNK, h, operands, |[gate, up]| {
+                activation.value(gate) * up
+            });
+        } else {
+            map_elements(HEAVY_CHUNK, h, [gate], |[gate]| activation.value(gate));
         }
         Ok(())
     }
@@ -203,17 +205,23 @@ impl ActivateBackward {
         let gate = io.floats(0)?;
         let dh = io.floats(1 + usize::from(self.gated))?;
         let d_gate = io.floats_out(0)?;
-        for ((d_gate, &gate), &dh) in d_gate.iter_mut().zip(gate).zip(dh) {
-            *d_gate = dh * self.activation.derivative(gate);
+        let activation = self.activation;
+        if !self.gated {
+            map_elements(HEAVY_CHUNK, d_gate, [gate, dh], |[gate, dh]| {
+                dh * activation.derivative(gate)
+            });
+            return Ok(());
         }
-        if self.gated {
-            for (d_gate, &up) in d_gate.iter_mut().zip(io.floats(1)?) {
-                *d_gate *= up;
+        let up = io.floats(1)?;
+        let outputs = [d_gate, io.floats_out(1)?];
+        for_chunks(gate.len(), HEAVY_CHUNK, outputs, |at, [d_gate, d_up]| {
+            let operands = gate[at.clone()].iter().zip(&up[at.clone()]).zip(&dh[at]);
+            let results = d_gate.iter_mut().zip(d_up);
+            for ((d_gate, d_up), ((&gate, &up), &dh)) in results.zip(operands) {
+                *d_gate = dh * activation.derivative(gate) * up;
+                *d_up = dh * activation.value(gate);
             }
-            for ((d_up, &gate), &dh) in io.floats_out(1)?.iter_mut().zip(gate).zip(dh) {
-                *d_up = dh * self.activation.value(gate);
-            }
-        }
+        });
         Ok(())
     }
 }

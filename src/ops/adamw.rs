@@ -4,6 +4,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Graph, Value};
 use crate::host_reference;
+use crate::ops::host_chunks::{LIGHT_CHUNK, for_chunks};
 use crate::ops::spread::element_wise;
 use crate::ops::{
     Alias, AliasKind, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_f32, shader,
@@ -88,13 +89,17 @@ impl AdamWStep {
         let (rate, correction1, correction2) = (schedule[0], schedule[1], schedule[2]);
         let keep = R::one() - rate * R::of(weight_decay);
         let [b1, b2, c1, c2] = [beta1, beta2, 1.0 - beta1, 1.0 - beta2].map(R::of);
-        for (((theta, m), v), &g) in parameter.iter_mut().zip(first).zip(second).zip(gradient) {
-            let g = g * clip;
-            *m = b1 * *m + c1 * g;
-            *v = b2 * *v + c2 * g * g;
-            *theta = *theta * keep
-                - rate * correction1 * *m / ((*v).sqrt() * correction2 + R::of(epsilon));
-        }
+        let outputs = [parameter, first, second];
+        for_chunks(gradient.len(), LIGHT_CHUNK, outputs, |at, [theta, m, v]| {
+            let moments = m.iter_mut().zip(v);
+            for ((theta, (m, v)), &g) in theta.iter_mut().zip(moments).zip(&gradient[at]) {
+                let g = g * clip;
+                *m = b1 * *m + c1 * g;
+                *v = b2 * *v + c2 * g * g;
+                *theta = *theta * keep
+                    - rate * correction1 * *m / ((*v).sqrt() * correction2 + R::of(epsilon));
+            }
+        });
         Ok(())
     }
 }

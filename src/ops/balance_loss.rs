@@ -8,11 +8,16 @@ use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
+use crate::ops::host_sum::total_of;
 use crate::ops::{
     HostIo, IndexRange, LaunchTypes, Op, Real, TOTAL_WORKGROUP, Work, dims_f32, expect_count,
     expect_f32, row_workgroup, shader,
 };
 use crate::tensor::{DType, TensorType};
+
+/// More choices than that are counted by a large workgroup on software drivers too: llvmpipe leaves a kernel's loops after 65,536 turns in all,
+/// without a word.
+const LONG: usize = 1 << 16;
 
 /// The two forms of the load-balancing loss in use: one is `top_k` times the other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -137,7 +142,8 @@ impl Balance {
             .map(|logits| mix(logits, load).0)
             .collect();
         let factor = self.0.factor(io.input_type(1)?.shape.last());
-        loss[0] = R::of((experts * factor) as f64 / mixed.len() as f64) * mixed.into_iter().sum();
+        let scale = R::of((experts * factor) as f64 / mixed.len() as f64);
+        loss[0] = scale * total_of(&mixed, |mixed| mixed);
         Ok(())
     }
 }
@@ -201,9 +207,14 @@ impl Op for Balance {
         let launch = |entry| launch(entry, [tokens, experts], choices, factor);
         let mut launches = Launches::default();
         let mixed = launches.scratch_words(tokens);
+        let workgroup = if choices > LONG {
+            TOTAL_WORKGROUP
+        } else {
+            row_workgroup(choices, capabilities)
+        };
         launches.launches.push(
             launch("load")
-                .constant("WORKGROUP", row_workgroup(choices, capabilities))
+                .constant("WORKGROUP", workgroup)
                 .read(2, Slot::Input(1))
                 .write(3, Slot::Output(1))
                 .folded(experts, capabilities)?,

@@ -4,6 +4,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::host_chunks::{LIGHT_CHUNK, for_chunks, in_blocks, map_elements};
 use crate::ops::spread::element_wise;
 use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, shader};
 use crate::tensor::{DType, Shape, TensorType};
@@ -121,29 +122,60 @@ impl Pattern {
     }
 }
 
-impl Binary {
-    fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        let (a, b) = (io.floats(0)?, io.floats(1)?);
-        let (a_shape, b_shape) = (&io.input_type(0)?.shape, &io.input_type(1)?.shape);
-        let out = io.floats_out(0)?;
-        let function = |a: R, b: R| match self.0 {
-            Function::Add => a + b,
-            Function::Sub => a - b,
-            Function::Mul => a * b,
-            Function::Div => a / b,
-        };
-        if a_shape == b_shape {
-            for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
-                *out = function(a, b);
+fn broadcast<R: Real>(mut io: HostIo<'_, R>, function: impl Fn(R, R) -> R + Sync) -> Result<()> {
+    let (a, b) = (io.floats(0)?, io.floats(1)?);
+    let (a_shape, b_shape) = (&io.input_type(0)?.shape, &io.input_type(1)?.shape);
+    let out = io.floats_out(0)?;
+    if a_shape == b_shape {
+        map_elements(LIGHT_CHUNK, out, [a, b], |[a, b]| function(a, b));
+        return Ok(());
+    }
+    let shape = a_shape.broadcast(b_shape).unwrap_or_default();
+    let pattern = Pattern::new(a_shape, b_shape, &shape);
+    // In the innermost loop an operand goes on by one or stays where it is.
+    let last = |list: &[usize], otherwise: usize| list.last().copied().unwrap_or(otherwise);
+    let length = last(&pattern.extents, 1);
+    let steps = [0, 1].map(|operand: usize| last(&pattern.steps[operand], 1));
+    for_chunks(out.len(), LIGHT_CHUNK, [out], |at, [mut out]| {
+        for (row, part) in in_blocks(at, length) {
+            let (here, rest) = out.split_at_mut(part.len());
+            out = rest;
+            let [a_at, b_at] = [0, 1].map(|operand: usize| {
+                pattern.offset(operand, row * length) + part.start * steps[operand]
+            });
+            match steps {
+                [0, _] => {
+                    let a = a[a_at];
+                    for (out, &b) in here.iter_mut().zip(&b[b_at..]) {
+                        *out = function(a, b);
+                    }
+                }
+                [_, 0] => {
+                    let b = b[b_at];
+                    for (out, &a) in here.iter_mut().zip(&a[a_at..]) {
+                        *out = function(a, b);
+                    }
+                }
+                _ => {
+                    for ((out, &a), &b) in here.iter_mut().zip(&a[a_at..]).zip(&b[b_at..]) {
+                        *out = function(a, b);
+                    }
+                }
             }
-            return Ok(());
         }
-        let shape = a_shape.broadcast(b_shape).unwrap_or_default();
-        let pattern = Pattern::new(a_shape, b_shape, &shape);
-        for (index, out) in out.iter_mut().enumerate() {
-            *out = function(a[pattern.offset(0, index)], b[pattern.offset(1, index)]);
+    });
+    Ok(())
+}
+
+impl Binary {
+    fn reference<R: Real>(&self, io: HostIo<'_, R>) -> Result<()> {
+        // A loop for each function: one that chooses inside would not be vectorised.
+        match self.0 {
+            Function::Add => broadcast(io, |a, b| a + b),
+            Function::Sub => broadcast(io, |a, b| a - b),
+            Function::Mul => broadcast(io, |a, b| a * b),
+            Function::Div => broadcast(io, |a, b| a / b),
         }
-        Ok(())
     }
 }
 

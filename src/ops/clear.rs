@@ -4,6 +4,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Graph, Value};
 use crate::host_reference;
+use crate::ops::host_chunks::{LIGHT_CHUNK, for_chunks};
 use crate::ops::spread::element_wise;
 use crate::ops::{
     Alias, AliasKind, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, shader,
@@ -26,7 +27,8 @@ impl Graph {
 
 impl Clear {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        io.floats_out(0)?.fill(R::zero());
+        let y = io.floats_out(0)?;
+        for_chunks(y.len(), LIGHT_CHUNK, [y], |_, [y]| y.fill(R::zero()));
         Ok(())
     }
 }

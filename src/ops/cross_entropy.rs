@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
+use crate::ops::host_sum::total_of;
 use crate::ops::{
     HostIo, IndexRange, LaunchTypes, Op, Real, TOTAL_WORKGROUP, Work, dims_f32, expect_count,
     expect_f32, expect_i32, row_workgroup, shader,
@@ -61,25 +62,24 @@ impl CrossEntropy {
         let classes = logits.len() / labels.len();
         let (loss, lse, valid) = (io.floats_out(0)?, io.floats_out(1)?, io.floats_out(2)?);
         // The difference to the maximum first: a small loss is not rounded as the large logits are. Collected before they are
-        // added up, so that the order of the additions does not depend on the threads.
+        // added up, so that the order of the additions does not depend on the threads; counted as integers, which do not stop at 2^24.
         let rows = logits
             .par_chunks_exact(classes)
             .zip(labels)
             .zip(lse.par_iter_mut());
-        let losses: Vec<Option<R>> = rows
+        let losses: Vec<R> = rows
             .map(|((row, &label), lse)| {
                 let (max, sum) = max_and_sum(row);
                 *lse = max + sum.ln();
-                (label != IGNORED_LABEL).then(|| (max - row[class_of(label, classes)]) + sum.ln())
+                match label {
+                    IGNORED_LABEL => R::zero(),
+                    _ => (max - row[class_of(label, classes)]) + sum.ln(),
+                }
             })
             .collect();
-        let sum = |(total, count): (R, R), loss: R| (total + loss, count + R::one());
-        let (total, count) = losses
-            .into_iter()
-            .flatten()
-            .fold((R::zero(), R::zero()), sum);
-        loss[0] = total / count.max(R::one());
-        valid[0] = count;
+        let labelled = labels.iter().filter(|&&label| label != IGNORED_LABEL);
+        valid[0] = R::of(labelled.count() as f64);
+        loss[0] = total_of(&losses, |loss| loss) / valid[0].max(R::one());
         Ok(())
     }
 }

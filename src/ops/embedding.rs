@@ -1,9 +1,11 @@
 //! Rows of a table by index, and the gradient of the table: sums over the rows sorted by index, without atomics.
 
-use crate::device::{Capabilities, Launch, Launches, Slot};
-use crate::error::Result;
+use crate::device::{AdapterClass, Capabilities, Launch, Launches, Slot};
+use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::host_chunks::{LIGHT_CHUNK, for_chunks, items_per_chunk};
+use crate::ops::host_sum::CHUNK;
 use crate::ops::{
     HostIo, IndexRange, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_dtype,
     expect_i32, shader,
@@ -11,6 +13,9 @@ use crate::ops::{
 use crate::tensor::{DType, TensorType};
 
 const WORKGROUP: usize = 64;
+/// Ids that an invocation adds up on software drivers, should all be the same: llvmpipe leaves a kernel's loops after 65,536 turns in all,
+/// without a word, and a turn takes four.
+const MOST_PLACES_SOFTWARE: usize = 4 * 65_000;
 
 #[derive(Clone, Copy, Debug)]
 struct Embedding;
@@ -23,7 +28,7 @@ impl Graph {
     /// Rows of `table` (`[rows, width]`) by `ids` (integers in `0..rows`, any shape): the shape of the ids, then the width.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) if the table is not a matrix or the ids are not integers.
+    /// [`Error::Shape`] if the table is not a matrix or the ids are not integers.
     pub fn embedding(&mut self, table: Value, ids: Value) -> Result<Value> {
         self.apply1(Embedding, &[table, ids])
     }
@@ -33,10 +38,13 @@ impl Embedding {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let [rows, width] = dims_f32("embedding", "the table", io.input_type(0)?)?;
         let (table, ids) = (io.floats(0)?, io.ints(1)?);
-        for (out, &id) in io.floats_out(0)?.chunks_mut(width).zip(ids) {
-            let row = (id.max(0) as usize).min(rows - 1);
-            out.copy_from_slice(&table[row * width..(row + 1) * width]);
-        }
+        let per_chunk = items_per_chunk(LIGHT_CHUNK, width);
+        for_chunks(ids.len(), per_chunk, [io.floats_out(0)?], |at, [out]| {
+            for (out, &id) in out.chunks_mut(width).zip(&ids[at]) {
+                let row = (id.max(0) as usize).min(rows - 1);
+                out.copy_from_slice(&table[row * width..(row + 1) * width]);
+            }
+        });
         Ok(())
     }
 }
@@ -99,20 +107,48 @@ impl Op for Embedding {
     host_reference!();
 }
 
+/// The sum of those rows of dy, in chunks: one id may stand for the padding of a whole batch.
+fn sum_rows<R: Real>(dy: &[R], positions: &[i32], out: &mut [R]) {
+    let width = out.len();
+    let add = |positions: &[i32], sums: &mut [R]| {
+        sums.fill(R::zero());
+        for &position in positions {
+            let row = &dy[position as usize * width..][..width];
+            for (sum, &dy) in sums.iter_mut().zip(row) {
+                *sum += dy;
+            }
+        }
+    };
+    if positions.len() <= CHUNK {
+        return add(positions, out);
+    }
+    let mut totals = vec![0.0; width];
+    for positions in positions.chunks(CHUNK) {
+        add(positions, out);
+        for (total, sum) in totals.iter_mut().zip(&*out) {
+            *total += sum.f64();
+        }
+    }
+    for (out, total) in out.iter_mut().zip(totals) {
+        *out = R::of(total);
+    }
+}
+
 impl EmbeddingGradient {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let width = io.input_type(0)?.shape.last();
         let (dy, order, offsets) = (io.floats(0)?, io.ints(1)?, io.ints(2)?);
-        let out = io.floats_out(0)?;
-        out.fill(R::zero());
-        for (out, ends) in out.chunks_mut(width).zip(offsets.windows(2)) {
-            for &position in &order[ends[0] as usize..ends[1] as usize] {
-                let row = &dy[position as usize * width..][..width];
-                for (out, &dy) in out.iter_mut().zip(row) {
-                    *out += dy;
-                }
+        // A chunk of the table's rows has about as many terms as a chunk of elements, if the ids are spread evenly.
+        let per_row = width * order.len().div_ceil(offsets.len() - 1);
+        let per_chunk = items_per_chunk(LIGHT_CHUNK, per_row.max(width));
+        let out = [io.floats_out(0)?];
+        for_chunks(offsets.len() - 1, per_chunk, out, |rows, [out]| {
+            let ends = offsets[rows.start..=rows.end].windows(2);
+            for (out, ends) in out.chunks_mut(width).zip(ends) {
+                let positions = &order[ends[0] as usize..ends[1] as usize];
+                sum_rows(dy, positions, out);
             }
-        }
+        });
         Ok(())
     }
 }
@@ -136,6 +172,15 @@ impl Op for EmbeddingGradient {
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let [rows, width] = dims_f32(self.name(), "the gradient", &io.outputs[0])?;
+        let places = io.inputs[1].elements();
+        if capabilities.class == AdapterClass::Software && places > MOST_PLACES_SOFTWARE {
+            return Err(Error::Limit {
+                thing: "the gradient of an embedding on a software driver".to_owned(),
+                needed: places as u64,
+                limit: MOST_PLACES_SOFTWARE as u64,
+                unit: "ids",
+            });
+        }
         let launch = Launch::new(shader!("embedding"), "backward")
             .read(1, Slot::Input(0))
             .read(4, Slot::Input(1))

@@ -4,6 +4,8 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Graph, Value};
 use crate::host_reference;
+use crate::ops::host_chunks::{LIGHT_CHUNK, for_chunks, items_per_chunk};
+use crate::ops::host_sum::sum_of;
 use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_f32, shader};
 use crate::tensor::TensorType;
 
@@ -58,18 +60,18 @@ impl GateGradient {
         let (v, z, gates) = (io.floats(0)?, io.floats(1)?, io.floats(2)?);
         let (dz, d_gates) = (io.floats_out(0)?, io.floats_out(1)?);
         let scale = R::of(f64::from(self.scale));
-        for (pair, (dz, d_gate)) in dz.chunks_mut(rank).zip(d_gates).enumerate() {
-            let row = pair * rank..(pair + 1) * rank;
-            *d_gate = scale
-                * v[row.clone()]
-                    .iter()
-                    .zip(&z[row.clone()])
-                    .map(|(&v, &z)| v * z)
-                    .sum::<R>();
-            for (dz, &v) in dz.iter_mut().zip(&v[row]) {
-                *dz = scale * gates[pair] * v;
+        let per_chunk = items_per_chunk(LIGHT_CHUNK, rank);
+        let outputs = [dz, d_gates];
+        for_chunks(gates.len(), per_chunk, outputs, |pairs, [dz, d_gates]| {
+            for (pair, (dz, d_gate)) in pairs.zip(dz.chunks_mut(rank).zip(d_gates)) {
+                let row = pair * rank..(pair + 1) * rank;
+                let (v, z) = (&v[row.clone()], &z[row]);
+                *d_gate = scale * sum_of([v, z], |[v, z]| v * z);
+                for (dz, &v) in dz.iter_mut().zip(v) {
+                    *dz = scale * gates[pair] * v;
+                }
             }
-        }
+        });
         Ok(())
     }
 }

@@ -4,6 +4,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Value};
 use crate::host_reference;
+use crate::ops::host_sum::total_of;
 use crate::ops::{HostIo, LaunchTypes, Op, Real, TOTAL_WORKGROUP, Work, expect_dtype, shader};
 use crate::tensor::{DType, TensorType};
 
@@ -42,11 +43,11 @@ impl Graph {
 
 impl GradientNorm {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
-        let mut square = R::zero();
+        let mut square = 0.0;
         for input in 0..self.inputs {
-            square += io.floats(input)?.iter().map(|&g| g * g).sum::<R>();
+            square += total_of(io.floats(input)?, |g| g * g).f64();
         }
-        let norm = square.sqrt();
+        let norm = R::of(square).sqrt();
         let out = io.floats_out(0)?;
         out[0] = norm;
         out[1] = (R::of(f64::from(self.max_norm)) / (norm + R::of(1e-6))).min(R::one());

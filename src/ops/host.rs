@@ -6,6 +6,7 @@ use bytemuck::Pod;
 
 use crate::error::{Error, Result};
 use crate::ops::Op;
+use crate::ops::host_sum::sum_of;
 use crate::tensor::{DType, TensorType};
 
 /// The float types that the reference is written for.
@@ -48,7 +49,7 @@ impl Real for f64 {
 /// The maximum of a row, and the sum of the exponentials of its elements less the maximum.
 pub(crate) fn max_and_sum<R: Real>(row: &[R]) -> (R, R) {
     let max = row.iter().copied().fold(R::neg_infinity(), R::max);
-    (max, row.iter().map(|&x| (x - max).exp()).sum())
+    (max, sum_of([row], |[x]| (x - max).exp()))
 }
 
 /// Host memory of one value: 64-bit words, so that it can hold elements of any type.

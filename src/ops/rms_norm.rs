@@ -6,6 +6,7 @@ use crate::device::{AdapterClass, Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::host_sum::{sum_of, sum_terms};
 use crate::ops::spread::{ROW_LANES, row_by_invocation};
 use crate::ops::{
     HostIo, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_f32, row_workgroup, shader,
@@ -79,7 +80,7 @@ impl RmsNorm {
             .zip(y.par_chunks_exact_mut(n))
             .zip(inverse.par_iter_mut());
         rows.for_each(|((x, y), inverse)| {
-            let squares: R = x.iter().map(|&x| x * x).sum();
+            let squares = sum_of([x], |[x]| x * x);
             *inverse = (squares / R::of(n as f64) + epsilon).sqrt().recip();
             for ((y, &x), &weight) in y.iter_mut().zip(x).zip(weight) {
                 *y = x * *inverse * weight;
@@ -165,12 +166,7 @@ impl InputGradient {
             .zip(inverse)
             .zip(dx.par_chunks_exact_mut(n));
         rows.for_each(|(((x, dy), &inverse), dx)| {
-            let products: R = x
-                .iter()
-                .zip(dy)
-                .zip(weight)
-                .map(|((&x, &dy), &weight)| dy * weight * x * inverse)
-                .sum();
+            let products = sum_of([x, dy, weight], |[x, dy, weight]| dy * weight * x * inverse);
             let mean = products / R::of(n as f64);
             for (((dx, &x), &dy), &weight) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
                 *dx = inverse * (dy * weight - x * inverse * mean);
@@ -232,12 +228,14 @@ impl WeightGradient {
         let (x, inverse, dy) = (io.floats(0)?, io.floats(1)?, io.floats(2)?);
         let dw = io.floats_out(0)?;
         let n = dw.len();
-        dw.fill(R::zero());
-        for ((x, dy), &inverse) in x.chunks_exact(n).zip(dy.chunks_exact(n)).zip(inverse) {
-            for ((dw, &x), &dy) in dw.iter_mut().zip(x).zip(dy) {
-                *dw += dy * x * inverse;
+        sum_terms([1, inverse.len(), n], dw, |rows, columns, dw| {
+            for row in rows {
+                let [x, dy] = [x, dy].map(|x| &x[row * n..][columns.clone()]);
+                for ((dw, &x), &dy) in dw.iter_mut().zip(x).zip(dy) {
+                    *dw += dy * x * inverse[row];
+                }
             }
-        }
+        });
         Ok(())
     }
 }

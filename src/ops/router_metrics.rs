@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::graph::{Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
+use crate::ops::host_sum::total_of;
 use crate::ops::{
     HostIo, LaunchTypes, Op, Real, Segments, TOTAL_WORKGROUP, Work, dims_f32, expect_count,
     expect_i32, row_workgroup, shader,
@@ -79,7 +80,7 @@ impl Metrics {
             })
             .collect();
         let tokens = R::of(entropies.len() as f64);
-        io.floats_out(2)?[0] = entropies.into_iter().sum::<R>() / tokens;
+        io.floats_out(2)?[0] = total_of(&entropies, |entropy| entropy) / tokens;
         Ok(())
     }
 }

@@ -4,6 +4,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::host_chunks::{HEAVY_CHUNK, map_elements};
 use crate::ops::spread::element_wise;
 use crate::ops::{
     Activation, HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, expect_f32, shader,
@@ -42,9 +43,7 @@ pub(crate) fn sigmoids<R: Real>(x: R) -> (R, R) {
 impl Silu {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let x = io.floats(0)?;
-        for (y, &x) in io.floats_out(0)?.iter_mut().zip(x) {
-            *y = x * sigmoids(x).0;
-        }
+        map_elements(HEAVY_CHUNK, io.floats_out(0)?, [x], |[x]| x * sigmoids(x).0);
         Ok(())
     }
 }
@@ -89,10 +88,10 @@ impl Op for Silu {
 impl SiluBackward {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let (x, dy) = (io.floats(0)?, io.floats(1)?);
-        for ((dx, &x), &dy) in io.floats_out(0)?.iter_mut().zip(x).zip(dy) {
+        map_elements(HEAVY_CHUNK, io.floats_out(0)?, [x, dy], |[x, dy]| {
             let (s, one_minus_s) = sigmoids(x);
-            *dx = dy * (s * (R::one() + x * one_minus_s));
-        }
+            dy * (s * (R::one() + x * one_minus_s))
+        });
         Ok(())
     }
 }

@@ -4,6 +4,8 @@ use crate::device::{AdapterClass, Capabilities, Launch, Launches, Slot};
 use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::host_chunks::{LIGHT_CHUNK, for_chunks, in_blocks, items_per_chunk};
+use crate::ops::host_sum::{sum_of, sum_terms};
 use crate::ops::spread::{ENOUGH_ROWS, LONGEST_LANE, row_by_invocation};
 use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, shader};
 use crate::tensor::{DType, Shape, TensorType};
@@ -181,13 +183,19 @@ impl Graph {
 impl Sum {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let x = io.floats(0)?;
-        let y = io.floats_out(0)?;
-        for (index, y) in y.iter_mut().enumerate() {
-            let (outer, inner) = (index / self.inner, index % self.inner);
-            *y = (0..self.terms)
-                .map(|term| x[(outer * self.terms + term) * self.inner + inner])
-                .sum();
-        }
+        let sizes = [self.outer, self.terms, self.inner];
+        sum_terms(sizes, io.floats_out(0)?, |rows, columns, sums| {
+            if self.inner == 1 {
+                sums[0] += sum_of([&x[rows]], |[x]| x);
+                return;
+            }
+            for row in rows {
+                let x = &x[row * self.inner..][columns.clone()];
+                for (sum, &x) in sums.iter_mut().zip(x) {
+                    *sum += x;
+                }
+            }
+        });
         Ok(())
     }
 }
@@ -268,9 +276,23 @@ impl Op for Sum {
 impl Repeat {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let x = io.floats(0)?;
-        for (index, y) in io.floats_out(0)?.iter_mut().enumerate() {
-            *y = x[index / (self.terms * self.inner) * self.inner + index % self.inner];
+        let y = io.floats_out(0)?;
+        if self.inner == 1 {
+            for_chunks(y.len(), LIGHT_CHUNK, [y], |at, [mut y]| {
+                for (outer, terms) in in_blocks(at, self.terms) {
+                    let (here, rest) = y.split_at_mut(terms.len());
+                    here.fill(x[outer]);
+                    y = rest;
+                }
+            });
+            return Ok(());
         }
+        let per_chunk = items_per_chunk(LIGHT_CHUNK, self.inner);
+        for_chunks(self.outer * self.terms, per_chunk, [y], |rows, [y]| {
+            for (row, y) in rows.zip(y.chunks_mut(self.inner)) {
+                y.copy_from_slice(&x[row / self.terms * self.inner..][..self.inner]);
+            }
+        });
         Ok(())
     }
 }

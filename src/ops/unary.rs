@@ -4,6 +4,7 @@ use crate::device::{Capabilities, Launch, Launches, Slot};
 use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
+use crate::ops::host_chunks::{HEAVY_CHUNK, LIGHT_CHUNK, map_elements};
 use crate::ops::silu::sigmoids;
 use crate::ops::spread::element_wise;
 use crate::ops::{HostIo, LaunchTypes, Op, Real, Work, expect_count, expect_dtype, shader};
@@ -116,25 +117,23 @@ impl Unary {
     fn reference<R: Real>(&self, mut io: HostIo<'_, R>) -> Result<()> {
         let x = io.floats(0)?;
         let y = io.floats_out(0)?;
-        let function = self.0;
-        let apply = |x: R| match function {
+        // A loop for each function: one that chooses inside would not be vectorised.
+        match self.0 {
             Function::Affine { scale, offset } => {
-                R::of(f64::from(scale)) * x + R::of(f64::from(offset))
+                let [scale, offset] = [scale, offset].map(|x| R::of(f64::from(x)));
+                map_elements(LIGHT_CHUNK, y, [x], |[x]| scale * x + offset);
             }
-            Function::Square => x * x,
-            Function::SquareRoot => x.sqrt(),
-            Function::Reciprocal => x.recip(),
-            Function::Exp => x.exp(),
-            Function::Ln => x.ln(),
-            Function::Tanh => x.tanh(),
-            Function::TanhSlope => {
+            Function::Square => map_elements(LIGHT_CHUNK, y, [x], |[x]| x * x),
+            Function::SquareRoot => map_elements(LIGHT_CHUNK, y, [x], |[x]| x.sqrt()),
+            Function::Reciprocal => map_elements(LIGHT_CHUNK, y, [x], |[x]| x.recip()),
+            Function::Exp => map_elements(HEAVY_CHUNK, y, [x], |[x]| x.exp()),
+            Function::Ln => map_elements(HEAVY_CHUNK, y, [x], |[x]| x.ln()),
+            Function::Tanh => map_elements(HEAVY_CHUNK, y, [x], |[x]| x.tanh()),
+            Function::TanhSlope => map_elements(HEAVY_CHUNK, y, [x], |[x]| {
                 let e = (R::of(-2.0) * x.abs()).exp();
                 R::of(4.0) * e / ((R::one() + e) * (R::one() + e))
-            }
-            Function::Sigmoid => sigmoids(x).0,
-        };
-        for (y, &x) in y.iter_mut().zip(x) {
-            *y = apply(x);
+            }),
+            Function::Sigmoid => map_elements(HEAVY_CHUNK, y, [x], |[x]| sigmoids(x).0),
         }
         Ok(())
     }

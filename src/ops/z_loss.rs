@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host::max_and_sum;
+use crate::ops::host_sum::total_of;
 use crate::ops::{
     HostIo, LaunchTypes, Op, Real, TOTAL_WORKGROUP, Work, dims_f32, expect_count, expect_f32,
     row_workgroup, shader,
@@ -52,7 +53,7 @@ impl ZLoss {
                 let (max, sum) = max_and_sum(row);
                 *lse = max + sum.ln();
             });
-        loss[0] = lse.iter().map(|&lse| lse * lse).sum::<R>() / R::of(lse.len() as f64);
+        loss[0] = total_of(lse, |lse| lse * lse) / R::of(lse.len() as f64);
         Ok(())
     }
 }

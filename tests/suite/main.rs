@@ -16,6 +16,7 @@ mod host;
 mod kernels;
 mod launches;
 mod layers;
+mod long_sums;
 mod losses;
 mod measured;
 mod memory;
@@ -35,6 +36,7 @@ mod route_and_sort;
 mod routing_facts;
 mod shaders;
 mod storage;
+mod threads;
 mod training;
 mod tuning;
 
@@ -65,6 +67,7 @@ fn main() {
         host::trials(),
         launches::trials(),
         layers::trials(),
+        long_sums::trials(),
         losses::trials(),
         measured::trials(),
         memory::trials(),
@@ -78,6 +81,7 @@ fn main() {
         routing_facts::trials(),
         shaders::trials(),
         storage::trials(),
+        threads::trials(),
         training::trials(),
         tuning::trials(),
     ]
