@@ -7,12 +7,15 @@ use crate::error::{Error, Result};
 use crate::graph::{Backward, Graph};
 use crate::host_reference;
 use crate::ops::segments::{expect_segments, host_segments};
+use crate::ops::turns::expect_turns;
 use crate::ops::{
     HostIo, LaunchTypes, Op, Real, Routed, Segments, expect_count, expect_f32, expect_i32, shader,
 };
 use crate::tensor::TensorType;
 
 const WORKGROUP: usize = 256;
+/// Passes over an expert's pairs by gate: one for each of 31 bits of the smallest gate that stays and 32 of a number of places, and two more.
+const PASSES: usize = 65;
 
 /// Which pairs of a full expert are dropped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -152,6 +155,12 @@ impl Op for LimitCapacity {
 
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let pairs = io.inputs[0].elements();
+        // One expert may have them all, and a bit of the limit is found in a pass over them.
+        let per_turn = match self.policy {
+            DropPolicy::Gate => WORKGROUP / PASSES,
+            DropPolicy::Position => WORKGROUP,
+        };
+        expect_turns(self.name(), [pairs, per_turn], "pairs", capabilities)?;
         let launch = launch("forward", pairs, self.experts, self.capacity.min(pairs))
             .constant("BY_GATE", self.policy == DropPolicy::Gate)
             .read(1, Slot::Input(0))

@@ -1,11 +1,12 @@
 //! Rows of a table by index, and the gradient of the table: sums over the rows sorted by index, without atomics.
 
-use crate::device::{AdapterClass, Capabilities, Launch, Launches, Slot};
-use crate::error::{Error, Result};
+use crate::device::{Capabilities, Launch, Launches, Slot};
+use crate::error::Result;
 use crate::graph::{Backward, Graph, Value};
 use crate::host_reference;
 use crate::ops::host_chunks::{LIGHT_CHUNK, for_chunks, items_per_chunk};
 use crate::ops::host_sum::CHUNK;
+use crate::ops::turns::expect_turns;
 use crate::ops::{
     HostIo, IndexRange, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_dtype,
     expect_i32, shader,
@@ -13,9 +14,8 @@ use crate::ops::{
 use crate::tensor::{DType, TensorType};
 
 const WORKGROUP: usize = 64;
-/// Ids that an invocation adds up on software drivers, should all be the same: llvmpipe leaves a kernel's loops after 65,536 turns in all,
-/// without a word, and a turn takes four.
-const MOST_PLACES_SOFTWARE: usize = 4 * 65_000;
+/// Ids that an invocation adds up in a turn, should all be the same.
+const IDS_PER_TURN: usize = 4;
 
 #[derive(Clone, Copy, Debug)]
 struct Embedding;
@@ -28,7 +28,7 @@ impl Graph {
     /// Rows of `table` (`[rows, width]`) by `ids` (integers in `0..rows`, any shape): the shape of the ids, then the width.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the table is not a matrix or the ids are not integers.
+    /// [`Error::Shape`](crate::Error::Shape) if the table is not a matrix or the ids are not integers.
     pub fn embedding(&mut self, table: Value, ids: Value) -> Result<Value> {
         self.apply1(Embedding, &[table, ids])
     }
@@ -173,14 +173,7 @@ impl Op for EmbeddingGradient {
     fn launches(&self, io: LaunchTypes<'_>, capabilities: &Capabilities) -> Result<Launches> {
         let [rows, width] = dims_f32(self.name(), "the gradient", &io.outputs[0])?;
         let places = io.inputs[1].elements();
-        if capabilities.class == AdapterClass::Software && places > MOST_PLACES_SOFTWARE {
-            return Err(Error::Limit {
-                thing: "the gradient of an embedding on a software driver".to_owned(),
-                needed: places as u64,
-                limit: MOST_PLACES_SOFTWARE as u64,
-                unit: "ids",
-            });
-        }
+        expect_turns(self.name(), [places, IDS_PER_TURN], "ids", capabilities)?;
         let launch = Launch::new(shader!("embedding"), "backward")
             .read(1, Slot::Input(0))
             .read(4, Slot::Input(1))

@@ -5,6 +5,7 @@ use crate::ops::Choice;
 use crate::ops::matmul::{MatMul, Sizes};
 use crate::ops::matmul_kernels::Launched;
 use crate::ops::subgroup_tile::subgroup_tiles;
+use crate::ops::turns::are_taken;
 
 /// The kernels of the family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +52,16 @@ impl Kernel {
 
     /// Whether it can make the product there, and may be the fastest to do it.
     fn suits(self, sizes: &Sizes, capabilities: &Capabilities) -> bool {
+        // What an invocation goes through in a turn at the least, where it goes through all of k.
+        let per_turn = match self {
+            Self::Subgroup | Self::Direct8 | Self::Direct4 => 4,
+            Self::Staged64 | Self::Staged32 => 1,
+            Self::Split => Split::whole(sizes).lanes[2],
+            Self::SplitParts => Split::in_parts(sizes).lanes[2] * Split::in_parts(sizes).parts,
+        };
+        if !are_taken(sizes.k.div_ceil(per_turn), capabilities) {
+            return false;
+        }
         match self {
             Self::Subgroup => subgroup_tiles(capabilities),
             // It spills on real GPUs.
@@ -144,8 +155,9 @@ impl Split {
 ///
 /// | adapter | shape | kernel | why |
 /// |---|---|---|---|
-/// | software, subgroups of 8 | all | subgroup | loads are what costs on lavapipe: a subgroup shares them |
-/// | other software | all | direct 8 | barriers and workgroup memory gain nothing on a CPU |
+/// | software, subgroups of 8 | k up to 260,000 | subgroup | loads are what costs on lavapipe: a subgroup shares them |
+/// | other software | k up to 260,000 | direct 8 | barriers and workgroup memory gain nothing on a CPU |
+/// | software | else | split in parts | llvmpipe leaves longer loops, see `ops/turns.rs` |
 /// | GPU | k < 16 | direct 4 | a step of the staged kernel is 16 of k |
 /// | GPU | enough tiles of 64 x 64 | staged 64 | 3 reads of workgroup memory for 32 multiply-adds |
 /// | GPU | enough tiles of 32 x 32 | staged 32 | four times the workgroups |
@@ -158,11 +170,10 @@ fn default_kernel(product: &Launched, capabilities: &Capabilities) -> Kernel {
     let sizes = &product.first.1;
     let Sizes { batch, m, n, k, .. } = *sizes;
     if capabilities.class == AdapterClass::Software {
-        return if subgroup_tiles(capabilities) {
-            Kernel::Subgroup
-        } else {
-            Kernel::Direct8
-        };
+        let in_order = [Kernel::Subgroup, Kernel::Direct8];
+        let mut in_order = in_order.into_iter();
+        let short = in_order.find(|kernel| kernel.suits(sizes, capabilities));
+        return short.unwrap_or(Kernel::SplitParts);
     }
     if k < 16 {
         return Kernel::Direct4;
@@ -301,6 +312,8 @@ mod tests {
             (Discrete, [512, 16, 1024], Kernel::Split),
             (Discrete, [1, 1024, 1024], Kernel::Split),
             (Discrete, [16, 16, 4096], Kernel::SplitParts),
+            (Software, [512, 1024, 260_001], Kernel::SplitParts),
+            (Discrete, [512, 1024, 260_001], Kernel::Staged64),
         ] {
             let found = default_kernel(&product(sizes), &of_class(class));
             assert_eq!(found, kernel, "{class:?} {sizes:?}");

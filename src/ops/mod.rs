@@ -57,6 +57,7 @@ mod spread;
 mod subgroup_tile;
 mod sum;
 mod threefry;
+mod turns;
 mod unary;
 mod work;
 mod z_loss;

@@ -9,6 +9,7 @@ use crate::host_reference;
 use crate::ops::host_gemm::{Matrix, gemm};
 use crate::ops::segments::{RowOf, expect_segments, gather, host_segments, row_share};
 use crate::ops::subgroup_tile::{SUBGROUP_TILE, subgroup_tiles};
+use crate::ops::turns::expect_turns;
 use crate::ops::{
     HostIo, LaunchTypes, Op, Real, Work, dims_f32, expect_count, expect_dtype, shader,
 };
@@ -16,6 +17,8 @@ use crate::tensor::{DType, TensorType};
 
 /// Rows and columns that one invocation computes, as in `shaders/segment_outer.wgsl`.
 const TILE: usize = 4;
+/// Pairs that a turn of `shaders/segment_outer_subgroup.wgsl` takes.
+const SUBGROUP_PAIRS: usize = 4;
 const WORKGROUP: usize = 64;
 
 /// Inputs: left `[rows, a]`, right `[rows, b]`, order, offsets, the gates if `gated`, the rows of right that the pairs read if
@@ -29,6 +32,7 @@ pub(crate) struct SegmentOuter {
 }
 
 struct Sizes {
+    pairs: usize,
     experts: usize,
     left: usize,
     right: usize,
@@ -75,6 +79,7 @@ impl SegmentOuter {
             None => row_share(name, "the right operand", right_rows, pairs)?,
         };
         Ok(Sizes {
+            pairs,
             experts,
             left,
             right,
@@ -210,6 +215,7 @@ impl SegmentOuter {
         capabilities: &Capabilities,
     ) -> Result<Launch> {
         let &Sizes {
+            pairs,
             experts,
             left,
             right,
@@ -218,6 +224,7 @@ impl SegmentOuter {
             right_rows,
         } = sizes;
         if subgroup_tiles(capabilities) && left.is_multiple_of(4) && right.is_multiple_of(4) {
+            expect_turns(self.name(), [pairs, SUBGROUP_PAIRS], "pairs", capabilities)?;
             let left_groups = left.div_ceil(SUBGROUP_TILE);
             let right_groups = right.div_ceil(SUBGROUP_TILE);
             return Launch::new(shader!("segment_outer_subgroup", "subgroup_tile"), "one")
@@ -243,6 +250,7 @@ impl SegmentOuter {
                 .param(right_groups)
                 .folded(experts * left_groups * right_groups, capabilities);
         }
+        expect_turns(self.name(), [pairs, 1], "pairs", capabilities)?;
         let lanes_right = right.div_ceil(TILE).next_power_of_two().min(16);
         let lanes_left = (WORKGROUP / lanes_right).min(left.div_ceil(TILE).next_power_of_two());
         let (left_groups, right_groups) = (
@@ -364,6 +372,12 @@ impl Op for SegmentOuterPair {
                 });
             return Ok(launches.collect::<Result<Vec<_>>>()?.into());
         }
+        expect_turns(
+            self.name(),
+            [first.pairs, SUBGROUP_PAIRS],
+            "pairs",
+            capabilities,
+        )?;
         let groups = |width: usize| width.div_ceil(SUBGROUP_TILE);
         let (left_groups, left2_groups) = (groups(first.left), groups(second.left));
         let right_groups = groups(first.right);

@@ -1,7 +1,9 @@
 //! Sums over so many elements that one 32-bit number, added to one by one, is wrong: it stops at 2^24 ones, and drifts long before.
 
 use libtest_mimic::{Failed, Trial};
-use rankmix::{Device, Graph, ParameterStore, Result, Tensor, TensorType, Value};
+use rankmix::device::{AdapterClass, Capabilities};
+use rankmix::ops::{Layout, MatMul};
+use rankmix::{Device, Error, Graph, Init, ParameterStore, Result, Tensor, TensorType, Value};
 
 use crate::devices;
 
@@ -127,10 +129,63 @@ fn of_losses(device: &Device) -> Result<(), Failed> {
     })
 }
 
+/// A product, and a softmax, over more than llvmpipe's loops take: see `src/ops/turns.rs`.
+fn of_long_rows(device: &Device) -> Result<(), Failed> {
+    let (k, value) = (300_000, 0.1_f32);
+    check(device, &[k, 4], value, |graph, x| {
+        let options = MatMul {
+            transpose_a: true,
+            ..MatMul::default()
+        };
+        let square = graph.matmul_with(x, x, options, None)?;
+        let expected = f64::from(value).powi(2) * k as f64;
+        Ok(vec![("the product", square, expected)])
+    })?;
+    let columns = 250_000;
+    check(device, &[2, columns], value, |graph, x| {
+        let shares = graph.softmax(x)?;
+        Ok(vec![("a share", shares, 1.0 / columns as f64)])
+    })
+}
+
+/// Pairs that could all be of one expert, on a software driver whose loops would end before.
+fn too_many_pairs_are_an_error() -> Result<(), Failed> {
+    let software = Capabilities {
+        class: AdapterClass::Software,
+        ..Capabilities::webgpu_defaults()
+    };
+    let launches = |pairs: usize, capabilities: &Capabilities| {
+        let mut graph = Graph::new();
+        let x = graph.input("x", TensorType::f32([pairs, 1]))?;
+        let w = graph.parameter("w", [2, 1, 1], Init::Zeros, true)?;
+        let experts = graph.constant(Tensor::i32([pairs], vec![0; pairs])?)?;
+        let segments = graph.segments(experts, 2)?;
+        let y = graph.shrink(x, w, Layout::OutIn, segments)?;
+        let loss = graph.sum_all(y)?;
+        let gradient = graph.gradients(loss, &[w])?[0];
+        graph.output(gradient)?;
+        graph.launches(capabilities, false)
+    };
+    launches(65_000, &software)?;
+    launches(70_000, &Capabilities::webgpu_defaults())?;
+    match launches(70_000, &software) {
+        Err(Error::Limit { needed, limit, .. }) => {
+            assert_eq!((needed, limit), (70_000, 65_000));
+            Ok(())
+        }
+        other => Err(format!("{other:?}").into()),
+    }
+}
+
 pub fn trials() -> Vec<Trial> {
     let mut trials = devices::own_trials("long_sums::of_everything", of_everything);
     trials.extend(devices::own_trials("long_sums::over_rows", over_rows));
     trials.extend(devices::own_trials("long_sums::of_one_id", of_one_id));
     trials.extend(devices::own_trials("long_sums::of_losses", of_losses));
+    trials.extend(devices::own_trials("long_sums::of_long_rows", of_long_rows));
+    trials.push(Trial::test(
+        "long_sums::too_many_pairs_are_an_error",
+        too_many_pairs_are_an_error,
+    ));
     trials
 }
