@@ -64,8 +64,9 @@ fn every_choice(device: &Device) -> Result<(), Failed> {
     let (mut launched, mut compiled) = (BTreeSet::new(), BTreeSet::new());
     let cases = cases::all().into_iter();
     let has_choice = |case: &Case| {
-        let starts = ["shrink_", "rotated_shrink_"];
-        case.name.contains("matmul") || starts.iter().any(|start| case.name.starts_with(start))
+        ["matmul", "shrink"]
+            .iter()
+            .any(|name| case.name.contains(name))
     };
     for case in cases.filter(has_choice) {
         let want = case.compile(&Device::reference())?.run()?;
@@ -82,9 +83,13 @@ fn every_choice(device: &Device) -> Result<(), Failed> {
                         format!("{:?}", launch.constants),
                     )
                 });
-                let is_new = pipelines.fold(false, |new, one| compiled.insert(one) || new);
+                let before = compiled.len();
+                compiled.extend(pipelines);
+                let is_new = compiled.len() > before;
                 // In 16 bits loads and stores alone differ: each pipeline once. A driver takes a second for some.
-                if precision == Precision::F16 && !is_new {
+                // For half the result as its gradient the angles of a rotation have none, but for what is rounded.
+                let has_digits = case.name != "tiles_of_rotated_shrink";
+                if precision == Precision::F16 && !(is_new && has_digits) {
                     continue;
                 }
                 device.choose_kernels(chosen.kernels);

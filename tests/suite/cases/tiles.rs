@@ -60,6 +60,19 @@ fn powers(from: usize, to: usize) -> impl Iterator<Item = usize> + Clone {
         .filter(move |size| (from..=to).contains(size))
 }
 
+/// Results of a row, and the inner dimension, where that is split over invocations: the longer it is, the more of them lie along it.
+const LONG: [(usize, usize); 9] = [
+    (4, 64),
+    (8, 64),
+    (16, 64),
+    (32, 64),
+    (64, 64),
+    (4, 128),
+    (8, 128),
+    (16, 128),
+    (4, 512),
+];
+
 fn matrix_products() -> Case {
     let mut shapes = Shapes::default();
     let options = MatMul {
@@ -79,11 +92,7 @@ fn matrix_products() -> Case {
             }
         }
     }
-    // Where k is split over invocations: the longer it is, the more of them lie along it.
-    for (n, k) in [(4, 64), (8, 64), (16, 64), (32, 64), (64, 64)]
-        .into_iter()
-        .chain([(4, 128), (8, 128), (16, 128), (4, 512)])
-    {
+    for (n, k) in LONG {
         let inputs = vec![floats(&[3, k], 258), floats(&[n, k], 259)];
         shapes.add(inputs, move |graph, v| {
             graph.matmul_with(v[0], v[1], options, None)
@@ -180,6 +189,23 @@ fn grouped_products() -> Vec<Case> {
                 });
             }
         }
+    }
+    for (out, input) in LONG {
+        let inputs = vec![
+            chosen(3),
+            floats(&[3, input], 260),
+            floats(&[EXPERTS, out, input], 261),
+        ];
+        shrink.add(inputs.clone(), |graph, v| {
+            let segments = graph.segments(v[0], EXPERTS)?;
+            graph.shrink(v[1], v[2], Layout::OutIn, segments)
+        });
+        let mut with_angles = inputs;
+        with_angles.push(floats_in(&[EXPERTS, out / 2, input], 262, -0.4, 0.4));
+        rotated.add(with_angles, |graph, v| {
+            let segments = graph.segments(v[0], EXPERTS)?;
+            Ok(graph.rotated_shrink(v[1], v[2], v[3], segments)?[0])
+        });
     }
     let mut outer = Shapes::default();
     for input in powers(4, 64) {
