@@ -204,6 +204,15 @@ pub(crate) fn limits(device: &Device) -> Result<Limits> {
     Ok(limits)
 }
 
+/// So much a second; 0 of what took no longer than its submission, of which the clock says nothing.
+fn rate(amount: u64, seconds: f64) -> f64 {
+    if seconds > 0.0 {
+        amount as f64 / seconds
+    } else {
+        0.0
+    }
+}
+
 /// The memory: a copy in every form that there is, as adapters differ in what is fastest.
 fn copies(device: &Device, limits: &mut Limits) -> Result<()> {
     let forms: &[CopyForm] = match device.adapter() {
@@ -213,7 +222,7 @@ fn copies(device: &Device, limits: &mut Limits) -> Result<()> {
     for &form in forms {
         let (mut copy, cost) =
             on_one_operand(device, COPIED, |graph, x| graph.copy_in_form(x, form))?;
-        let rate = cost.bytes as f64 / seconds(limits, &mut copy, None)?;
+        let rate = rate(cost.bytes, seconds(limits, &mut copy, None)?);
         if rate > limits.bytes_per_second {
             limits.bytes_per_second = rate;
             limits.fastest_copy = match device.adapter() {
@@ -253,7 +262,7 @@ fn multiply_adds(device: &Device, class: AdapterClass, limits: &mut Limits) -> R
                     turns = (turns * 4).min(MultiplyAdds::MAX_TURNS);
                     continue;
                 }
-                let rate = cost.flops as f64 / seconds(limits, &mut work, None)?;
+                let rate = rate(cost.flops, seconds(limits, &mut work, None)?);
                 if rate > limits.flops_per_second {
                     limits.flops_per_second = rate;
                     let step = if fused { "fma(a, b, c)" } else { "a * b + c" };
@@ -279,7 +288,7 @@ fn products(device: &Device, limits: &mut Limits) -> Result<()> {
         let store = ParameterStore::new(device);
         store.initialize(&graph, 1)?;
         let mut work = Timed::new(&graph, &store)?;
-        let rate = graph.cost()?.flops as f64 / seconds(limits, &mut work, None)?;
+        let rate = rate(graph.cost()?.flops, seconds(limits, &mut work, None)?);
         if rate > limits.flops_per_second {
             limits.flops_per_second = rate;
             limits.fastest = format!("a matrix product of {n} x {n} x {n}");
