@@ -82,4 +82,13 @@ impl Capabilities {
             kernels: KernelChoices::default(),
         }
     }
+
+    /// The same on an adapter of this class.
+    #[cfg(test)]
+    pub(crate) fn of_class(class: AdapterClass) -> Self {
+        Self {
+            class,
+            ..Self::webgpu_defaults()
+        }
+    }
 }

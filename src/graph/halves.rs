@@ -5,7 +5,7 @@ use crate::device::{
     with_halves,
 };
 use crate::error::Result;
-use crate::graph::{Graph, Source, Storage};
+use crate::graph::{Graph, Source, Storage, Value};
 use crate::ops::{AliasKind, element_wise, shader};
 use crate::tensor::{DType, TensorType};
 
@@ -52,6 +52,18 @@ pub(crate) fn storages(graph: &Graph, parameter: impl Fn(usize) -> Storage) -> V
     }
     (0..graph.values.len())
         .map(|index| of_root[find(&parent, index)])
+        .collect()
+}
+
+/// The types of values, and what each is stored in.
+pub(crate) fn stored_types(
+    graph: &Graph,
+    storages: &[Storage],
+    values: &[Value],
+) -> Vec<(TensorType, Storage)> {
+    let indices = values.iter().map(|value| value.index as usize);
+    indices
+        .map(|index| (graph.values[index].ty.clone(), storages[index]))
         .collect()
 }
 

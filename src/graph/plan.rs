@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 use crate::device::{BUFFER_ALIGNMENT, Capabilities, Launches};
 use crate::error::{Error, Result};
-use crate::graph::halves::{Operands, behind_key, lower};
+use crate::graph::halves::{Operands, behind_key, lower, stored_types};
 use crate::graph::{Graph, Source, Storage, Value};
 use crate::ops::{AliasKind, LaunchTypes};
 use crate::tensor::{DType, TensorType};
@@ -173,13 +173,8 @@ fn plan_as_built(graph: &Graph, target: Target<'_>, storages: Vec<Storage>) -> R
         let info = &graph.nodes[node];
         let launches = match target.capabilities {
             Some(capabilities) => {
-                let typed = |values: &[Value]| -> Vec<(TensorType, Storage)> {
-                    let indices = values.iter().map(|value| value.index as usize);
-                    indices
-                        .map(|index| (graph.values[index].ty.clone(), storages[index]))
-                        .collect()
-                };
-                let (inputs, outputs) = (typed(&info.inputs), typed(&info.outputs));
+                let [inputs, outputs] = [&info.inputs, &info.outputs]
+                    .map(|values| stored_types(graph, &storages, values));
                 let behind = behind_key(&inputs, &outputs);
                 let (inputs, input_storages): (Vec<_>, Vec<_>) = inputs.into_iter().unzip();
                 let (outputs, output_storages): (Vec<_>, Vec<_>) = outputs.into_iter().unzip();

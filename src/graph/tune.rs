@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::device::{Capabilities, Device, KernelChoices, Kind};
 use crate::error::{Error, Result};
-use crate::graph::halves::{behind_key, storages};
+use crate::graph::halves::{behind_key, storages, stored_types};
 use crate::graph::plan::live_nodes;
 use crate::graph::{Graph, Init, ParameterStore, Precision, Session, SessionOptions, Storage};
 use crate::ops::{Choice, LaunchTypes, Op};
@@ -143,13 +143,8 @@ impl Graph {
         let mut found = BTreeMap::new();
         for (position, &node) in live_nodes(self).iter().enumerate() {
             let node = &self.nodes[node];
-            let typed = |values: &[crate::Value]| -> Vec<(TensorType, Storage)> {
-                let indices = values.iter().map(|value| value.index as usize);
-                indices
-                    .map(|index| (self.values[index].ty.clone(), stored[index]))
-                    .collect()
-            };
-            let (operands, results) = (typed(&node.inputs), typed(&node.outputs));
+            let [operands, results] =
+                [&node.inputs, &node.outputs].map(|values| stored_types(self, &stored, values));
             let types = |values: &[(TensorType, Storage)]| -> Vec<TensorType> {
                 values.iter().map(|(ty, _)| ty.clone()).collect()
             };

@@ -2,6 +2,7 @@
 
 use crate::device::{AdapterClass, Capabilities};
 use crate::ops::Choice;
+use crate::ops::candidates::{named_or_own, own_first};
 use crate::ops::matmul::{MatMul, Sizes};
 use crate::ops::matmul_kernels::Launched;
 use crate::ops::subgroup_tile::subgroup_tiles;
@@ -52,12 +53,13 @@ impl Kernel {
 
     /// Whether it can make the product there, and may be the fastest to do it.
     fn suits(self, sizes: &Sizes, capabilities: &Capabilities) -> bool {
+        let in_parts = Split::in_parts(sizes);
         // What an invocation goes through in a turn at the least, where it goes through all of k.
         let per_turn = match self {
             Self::Subgroup | Self::Direct8 | Self::Direct4 => 4,
             Self::Staged64 | Self::Staged32 => 1,
             Self::Split => Split::whole(sizes).lanes[2],
-            Self::SplitParts => Split::in_parts(sizes).lanes[2] * Split::in_parts(sizes).parts,
+            Self::SplitParts => in_parts.lanes[2] * in_parts.parts,
         };
         if !are_taken(sizes.k.div_ceil(per_turn), capabilities) {
             return false;
@@ -66,7 +68,7 @@ impl Kernel {
             Self::Subgroup => subgroup_tiles(capabilities),
             // It spills on real GPUs.
             Self::Direct8 => capabilities.class == AdapterClass::Software,
-            Self::SplitParts => Split::in_parts(sizes).parts > 1,
+            Self::SplitParts => in_parts.parts > 1,
             Self::Staged64 | Self::Staged32 | Self::Direct4 | Self::Split => true,
         }
     }
@@ -235,11 +237,10 @@ fn key(product: &Launched) -> String {
 
 /// The kernels that can make a product, the default first.
 fn candidates(product: &Launched, capabilities: &Capabilities) -> impl Iterator<Item = Kernel> {
-    let first = default_kernel(product, capabilities);
-    let others = Kernel::ALL
-        .into_iter()
-        .filter(move |&kernel| kernel != first && kernel.suits(&product.first.1, capabilities));
-    [first].into_iter().chain(others)
+    let own = default_kernel(product, capabilities);
+    own_first(own, Kernel::ALL, |kernel| {
+        kernel.suits(&product.first.1, capabilities)
+    })
 }
 
 pub(crate) fn choice(product: &Launched, capabilities: &Capabilities) -> Choice {
@@ -253,14 +254,13 @@ pub(crate) fn choice(product: &Launched, capabilities: &Capabilities) -> Choice 
 
 /// The kernel that the capabilities name for the product, if it is a candidate, or else the default.
 pub(crate) fn chosen(product: &Launched, capabilities: &Capabilities) -> Kernel {
-    let mut candidates = candidates(product, capabilities);
-    let named = if capabilities.kernels.is_empty() {
-        None
-    } else {
-        let name = capabilities.kernels.get(&key(product));
-        name.and_then(|name| candidates.find(|kernel| kernel.name() == name))
-    };
-    named.unwrap_or_else(|| default_kernel(product, capabilities))
+    named_or_own(
+        default_kernel(product, capabilities),
+        candidates(product, capabilities),
+        Kernel::name,
+        || key(product),
+        capabilities,
+    )
 }
 
 #[cfg(test)]
@@ -291,13 +291,6 @@ mod tests {
         }
     }
 
-    fn of_class(class: AdapterClass) -> Capabilities {
-        Capabilities {
-            class,
-            ..Capabilities::webgpu_defaults()
-        }
-    }
-
     #[test]
     fn the_table_is_followed() {
         use AdapterClass::{Discrete, Integrated, Software};
@@ -315,7 +308,7 @@ mod tests {
             (Software, [512, 1024, 260_001], Kernel::SplitParts),
             (Discrete, [512, 1024, 260_001], Kernel::Staged64),
         ] {
-            let found = default_kernel(&product(sizes), &of_class(class));
+            let found = default_kernel(&product(sizes), &Capabilities::of_class(class));
             assert_eq!(found, kernel, "{class:?} {sizes:?}");
         }
     }
@@ -342,13 +335,13 @@ mod tests {
         let mut launched = product([512, 1024, 64]);
         launched.accumulate = true;
         launched.bias = Some(2);
-        let choice = choice(&launched, &of_class(AdapterClass::Discrete));
+        let choice = choice(&launched, &Capabilities::of_class(AdapterClass::Discrete));
         assert_eq!(choice.key, "matmul nt 512 x 1024 x 64 with bias onto");
         assert_eq!(choice.kernels[0], Kernel::Staged64.name());
         launched.first.1.batch = 3;
         launched.first.1.a_batched = true;
         launched.second = Some((MatMul::default(), launched.first.1));
-        let choice = super::choice(&launched, &of_class(AdapterClass::Discrete));
+        let choice = super::choice(&launched, &Capabilities::of_class(AdapterClass::Discrete));
         assert_eq!(
             choice.key,
             "matmul nt 3 of 512 x 1024 x 64 right shared + nn 64 with bias onto"

@@ -8,6 +8,7 @@ mod adamw;
 mod assign;
 mod balance_loss;
 mod binary;
+mod candidates;
 mod capacity;
 mod clear;
 mod combine;

@@ -2,6 +2,7 @@
 //! where nothing was measured.
 
 use crate::device::{AdapterClass, Capabilities};
+use crate::ops::candidates::{named_or_own, own_first};
 use crate::ops::matmul_choice::{ENOUGH_INVOCATIONS, LONG_K, Split};
 use crate::ops::segments::lanes;
 use crate::ops::shrink::Sizes;
@@ -102,31 +103,28 @@ impl Grouped<'_> {
     }
 
     /// The kernels that can do it, the operation's own first.
-    fn candidates(&self, capabilities: &Capabilities) -> Vec<Kernel> {
-        let own = self.own(capabilities);
-        let others = Kernel::ALL.into_iter();
-        let others = others.filter(|&kernel| kernel != own && self.suits(kernel, capabilities));
-        [own].into_iter().chain(others).collect()
+    fn candidates(&self, capabilities: &Capabilities) -> impl Iterator<Item = Kernel> {
+        own_first(self.own(capabilities), Kernel::ALL, |kernel| {
+            self.suits(kernel, capabilities)
+        })
     }
 
     pub(crate) fn choice(&self, capabilities: &Capabilities) -> Choice {
-        let candidates = self.candidates(capabilities).into_iter();
         Choice {
             key: self.key(),
-            kernels: candidates.map(Kernel::name).collect(),
+            kernels: self.candidates(capabilities).map(Kernel::name).collect(),
         }
     }
 
     /// The kernel that the capabilities name, if it can do it, or else the operation's own.
     pub(crate) fn chosen(&self, capabilities: &Capabilities) -> Kernel {
-        let name = if capabilities.kernels.is_empty() {
-            None
-        } else {
-            capabilities.kernels.get(&self.key())
-        };
-        let mut candidates = self.candidates(capabilities).into_iter();
-        name.and_then(|name| candidates.find(|kernel| kernel.name() == name))
-            .unwrap_or_else(|| self.own(capabilities))
+        named_or_own(
+            self.own(capabilities),
+            self.candidates(capabilities),
+            Kernel::name,
+            || self.key(),
+            capabilities,
+        )
     }
 
     /// The invocations of a workgroup along the pairs, the outputs and `in`, which are 64.
@@ -167,27 +165,21 @@ mod tests {
         }
     }
 
-    fn of_class(class: AdapterClass) -> Capabilities {
-        Capabilities {
-            class,
-            ..Capabilities::webgpu_defaults()
-        }
-    }
-
     #[test]
     fn the_table_is_followed() {
         use AdapterClass::{Discrete, Software};
+        let [software, discrete] = [Software, Discrete].map(Capabilities::of_class);
         let lavapipe = Capabilities {
             subgroup_size: Some(8),
-            ..of_class(Software)
+            ..software.clone()
         };
         for (capabilities, [pairs, out, input], kernel) in [
             (&lavapipe, [1024, 16, 1024], Kernel::Subgroup),
             (&lavapipe, [1024, 6, 1024], Kernel::Direct),
-            (&of_class(Software), [1024, 16, 1024], Kernel::Direct),
-            (&of_class(Discrete), [1024, 16, 1024], Kernel::Split),
-            (&of_class(Discrete), [1024, 16, 60], Kernel::Direct),
-            (&of_class(Discrete), [1024, 1024, 1024], Kernel::Direct),
+            (&software, [1024, 16, 1024], Kernel::Direct),
+            (&discrete, [1024, 16, 1024], Kernel::Split),
+            (&discrete, [1024, 16, 60], Kernel::Direct),
+            (&discrete, [1024, 1024, 1024], Kernel::Direct),
         ] {
             let grouped = Grouped {
                 name: "shrink nt",
@@ -211,7 +203,9 @@ mod tests {
             segments: 9,
         };
         assert_eq!(
-            grouped.choice(&of_class(AdapterClass::Discrete)).key,
+            grouped
+                .choice(&Capabilities::of_class(AdapterClass::Discrete))
+                .key,
             "shrink nt 1024 x 16 x 512 by 8 or none, 2 a row"
         );
     }
